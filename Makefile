@@ -1,0 +1,73 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where PyTorch's CPU build is to be found on machines that do not have it at hand, e.g.
+# make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+QUICK := out/quickstart
+QUICK_ID := example
+DATA ?= srft_prep/examples/runs
+OUT ?= out
+CRITIC ?= rules
+TOKENIZER ?= example
+RECIPE ?= srft
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+
+# The stamps make set-up idempotent and quick: a step is done again only when its inputs changed.
+$(VENV)/.base: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV): the package and what it needs"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	@echo "setting up $(VENV): development and test tools, torch (CPU build)"
+	@$(PIP) install "pip>=25.1"  # the first that knows dependency groups
+	@$(PIP) install --group dev $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+.PHONY: setup
+setup: $(VENV)/.dev  ## Make .venv with all that development and tests need
+
+.PHONY: quickstart
+quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (CPU, no download)
+	$(BIN)/srft-prep ingest srft_prep/examples/runs --outcomes srft_prep/examples/runs -o $(QUICK)/trajectories
+	$(BIN)/srft-prep label $(QUICK)/trajectories --critic rules --only all -o $(QUICK)/labels
+	$(BIN)/srft-prep tokenize $(QUICK)/trajectories --tokenizer example -o $(QUICK)/tokens
+	$(BIN)/srft-prep pack $(QUICK)/tokens --labels $(QUICK)/labels --recipe srft --seq-len 4096 -o $(QUICK)/shards
+	$(BIN)/srft-prep verify $(QUICK)/shards
+	$(BIN)/srft-prep stats $(QUICK)/trajectories --labels $(QUICK)/labels --tokens $(QUICK)/tokens
+	@echo
+	@echo "Shards, packed and weighted, ready for a training loop:"
+	@ls -1 $(QUICK)/shards/shard-*.parquet
+	@echo
+	@echo "Next:"
+	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id $(QUICK_ID)"
+	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
+	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
+	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, Labels)"
+
+.PHONY: test
+test: $(VENV)/.dev  ## Set up and run all tests that can run here
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev  ## Lint, format check, types, layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-timing
+
+.PHONY: fix
+fix: $(VENV)/.dev  ## Format and mend what can be mended by machine
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .

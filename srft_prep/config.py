@@ -1,0 +1,90 @@
+"""The settings of every stage: what decides the bytes it writes, and nothing else.
+
+A stage's configuration goes into its manifest and, with the hashes of its inputs, is its plan
+(see `storage`). Paths of outputs, numbers of workers and the like are arguments, not settings.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Overlong = Literal["truncate", "windows", "drop", "error"]
+History = Literal["auto", "full", "per-step"]
+MissingLabel = Literal["drop", "mask", "error"]
+Only = Literal["unresolved", "resolved", "all"]
+
+DEFAULT_SEQ_LEN: Final = 32_768
+"""The paper's student is trained at its full context of 32k tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IngestConfig:
+    """Settings of `ingest`."""
+
+    format: str = "auto"
+    """A reader's name, or `auto` to recognise every record by its content."""
+    sample: dict[str, int] | None = None
+    """How many trajectories to draw of each outcome: keys resolved, unresolved, unknown."""
+    seed: int = 0
+    """Seed of the sample."""
+    limit: int | None = None
+    """At most this many trajectories."""
+    max_per_instance: int | None = None
+    """At most this many trajectories of one instance: the first ones read."""
+    keep_duplicates: bool = False
+    """Keep trajectories whose messages are exactly those of an earlier one."""
+    system_prompt: str | None = None
+    """Text that replaces every system prompt: the prompt that inference will use."""
+    exclude: tuple[str, ...] = ()
+    """Instance ids and repositories that must not get in (normalised, sorted)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelConfig:
+    """Settings of `label`."""
+
+    critic: str
+    """The critic's short name."""
+    critic_id: str
+    """What the critic calls itself: model and revision, or rule set and version."""
+    prompt_hash: str
+    """Hash of the question asked."""
+    only: Only = "unresolved"
+    """Which trajectories are labelled; `unresolved` means: not known to be resolved."""
+    shard_index: int = 0
+    """Which share of the trajectories this run labels, 0-based."""
+    num_shards: int = 1
+    """Into how many shares the trajectories are divided, by content hash."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeConfig:
+    """Settings of `tokenize`."""
+
+    tokenizer_hash: str
+    """SHA-256 of the tokenizer's files."""
+    template_hash: str
+    """SHA-256 of the chat template."""
+    history: History = "auto"
+    """How templates that rewrite earlier messages are treated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackConfig:
+    """Settings of `pack`."""
+
+    recipe: str
+    """Which trajectories, and which of them are weighted by their labels."""
+    weights: dict[str, float]
+    """Weight of a step by its label, each >= 0."""
+    soft: bool = False
+    """Weight a step by the expected weight under its label probabilities."""
+    seq_len: int = DEFAULT_SEQ_LEN
+    """Tokens in a packed sequence, at most."""
+    overlong: Overlong = "truncate"
+    """What happens to a trajectory longer than `seq_len`."""
+    missing_label: MissingLabel = "drop"
+    """What happens to a trajectory that the recipe weights by labels and that lacks one."""
+    shuffle_seed: int = 0
+    """Seed of the order of the packed sequences."""
+    shard_tokens: int = 1 << 24
+    """Tokens in a shard file, about."""

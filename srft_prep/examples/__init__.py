@@ -1,0 +1,1 @@
+"""The project's own small data set: scripted attempts at planted bugs, and a tokenizer for them."""

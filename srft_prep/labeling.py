@@ -1,0 +1,203 @@
+"""Trajectories -> labels: put every step to a critic, once, and keep every answer.
+
+Requests stream to the critic and replies into the ledger. The tables `labels.parquet` and
+`requests.parquet` are rebuilt from the ledger at the end, for the trajectories of this run and
+this critic; memory holds one batch of rows and the ledger's index.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srft_prep.config import LabelConfig, Only
+from srft_prep.critic import Critic, CriticReply, CriticRequest
+from srft_prep.ledger import USAGE, Ledger, key_of, labels_of, ledger_files
+from srft_prep.progress import Progress, Silent
+from srft_prep.schemas import LABELS, REQUESTS
+from srft_prep.storage import (
+    MANIFEST,
+    PARQUET_OPTIONS,
+    Manifest,
+    StageWriter,
+    atomic_path,
+    read_manifest,
+)
+from srft_prep.trajectories import read_trajectories
+from srft_prep.types import Trajectory
+
+LABELS_FILE: Final = "labels.parquet"
+REQUESTS_FILE: Final = "requests.parquet"
+ROW_GROUP_ROWS: Final = 1 << 15
+
+
+def label(
+    trajectories: Path,
+    output: Path,
+    critic: Critic,
+    config: LabelConfig,
+    *,
+    retry_failed: bool = False,
+    command: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Label the steps of a trajectory directory and return the label directory's manifest.
+
+    A directory accumulates: another run with more trajectories, another critic or another
+    question adds to its ledger, and the tables then hold this run's critic.
+
+    Raises:
+        ShardError: `trajectories` is no finished `ingest` output.
+        ConfigError: the output cannot be written to.
+        BackendError: the critic cannot work at all.
+    """
+    source = read_manifest(trajectories, stage="ingest")
+    progress = progress or Silent()
+    with (
+        StageWriter.open(
+            output,
+            stage="label",
+            config=asdict(config),
+            inputs=[source.as_input()],
+            accumulates=True,
+        ) as writer,
+        Ledger(output) as ledger,
+    ):
+        counts: Counter[str] = Counter()
+        requests = _missing(source, config, ledger, counts, progress, retry_failed=retry_failed)
+        for reply in critic.label(requests):
+            checked = _checked(reply)
+            key = key_of(
+                checked.request, critic_id=config.critic_id, prompt_hash=config.prompt_hash
+            )
+            ledger.append(key, checked)
+            counts["asked"] += 1
+            progress.advance()
+        (output / MANIFEST).unlink(missing_ok=True)
+        counts.update(_write_tables(source, output, config, ledger))
+        if ledger.num_damaged:
+            counts["damaged_ledger_lines"] = ledger.num_damaged
+        names = [LABELS_FILE, REQUESTS_FILE, *(path.name for path in ledger_files(output))]
+        return writer.finish(counts=dict(counts), names=names, command=command or [])
+
+
+def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
+    """Return how many trajectories a run would look at, for a progress bar's total."""
+    return sum(1 for _ in _selected(read_manifest(trajectories, stage="ingest"), config))
+
+
+def wanted(resolved: bool | None, only: Only) -> bool:
+    """Return whether a trajectory of an outcome is labelled; unknown counts as unresolved."""
+    return only == "all" or (resolved is True) == (only == "resolved")
+
+
+def _selected(source: Manifest, config: LabelConfig) -> Iterator[Trajectory]:
+    for trajectory in read_trajectories(source.parts):
+        if not trajectory.num_steps or not wanted(trajectory.resolved, config.only):
+            continue
+        if int(trajectory.content_hash[:8], 16) % config.num_shards == config.shard_index:
+            yield trajectory
+
+
+def _request(trajectory: Trajectory) -> CriticRequest:
+    return CriticRequest(
+        trajectory=trajectory, part="all", steps=tuple(range(trajectory.num_steps))
+    )
+
+
+def _missing(
+    source: Manifest,
+    config: LabelConfig,
+    ledger: Ledger,
+    counts: Counter[str],
+    progress: Progress,
+    *,
+    retry_failed: bool,
+) -> Iterator[CriticRequest]:
+    """Yield the requests that the ledger has no answer to, each key once."""
+    sent = set()
+    for trajectory in _selected(source, config):
+        request = _request(trajectory)
+        key = key_of(request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
+        if key in sent or ledger.has(key, failed=not retry_failed):
+            counts["reused"] += 1
+            progress.advance()
+        else:
+            sent.add(key)
+            yield request
+
+
+def _checked(reply: CriticReply) -> CriticReply:
+    """Return the reply, or a failure where its labels are not exactly those asked for."""
+    got = [step_label.step_index for step_label in reply.labels]
+    if reply.failure is None and sorted(got) != sorted(reply.request.steps):
+        reason = f"expected one label for each of {len(reply.request.steps)} steps, got {got}"
+        return replace(reply, labels=(), failure=reason)
+    return reply
+
+
+def _write_tables(
+    source: Manifest, output: Path, config: LabelConfig, ledger: Ledger
+) -> Counter[str]:
+    counts: Counter[str] = Counter(trajectories=0, steps=0, good=0, unnecessary=0, harmful=0)
+    counts["failures"] = 0
+    entries = _entries(source, config, ledger)
+    with (
+        atomic_path(output / LABELS_FILE) as labels_path,
+        atomic_path(output / REQUESTS_FILE) as requests_path,
+        pq.ParquetWriter(labels_path, LABELS, **PARQUET_OPTIONS) as labels_writer,
+        pq.ParquetWriter(requests_path, REQUESTS, **PARQUET_OPTIONS) as requests_writer,
+    ):
+        label_rows: list[dict[str, Any]] = []
+        request_rows: list[dict[str, Any]] = []
+        for trajectory, entry in entries:
+            rows = list(_label_rows(trajectory, entry))
+            label_rows += rows
+            request_rows.append(_request_row(trajectory, entry))
+            counts["trajectories"] += 1
+            counts["steps"] += len(rows)
+            counts["failures"] += entry["failure"] is not None
+            counts.update(row["label"] for row in rows)
+            if len(label_rows) >= ROW_GROUP_ROWS:
+                labels_writer.write_table(pa.Table.from_pylist(label_rows, schema=LABELS))
+                requests_writer.write_table(pa.Table.from_pylist(request_rows, schema=REQUESTS))
+                label_rows, request_rows = [], []
+        labels_writer.write_table(pa.Table.from_pylist(label_rows, schema=LABELS))
+        requests_writer.write_table(pa.Table.from_pylist(request_rows, schema=REQUESTS))
+    return counts
+
+
+def _entries(
+    source: Manifest, config: LabelConfig, ledger: Ledger
+) -> Iterable[tuple[Trajectory, dict[str, Any]]]:
+    for trajectory in _selected(source, config):
+        key = key_of(
+            _request(trajectory), critic_id=config.critic_id, prompt_hash=config.prompt_hash
+        )
+        entry = ledger.get(key)
+        if entry is not None:
+            yield trajectory, entry
+
+
+def _label_rows(trajectory: Trajectory, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for step_label in sorted(labels_of(entry), key=lambda row: row.step_index):
+        yield {
+            "trajectory_id": trajectory.trajectory_id,
+            "content_hash": trajectory.content_hash,
+            "critic_id": entry["critic_id"],
+            "prompt_hash": entry["prompt_hash"],
+            **asdict(step_label),
+        }
+
+
+def _request_row(trajectory: Trajectory, entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "trajectory_id": trajectory.trajectory_id,
+        "part": entry["part"],
+        "failure": entry["failure"],
+        **{name: entry[name] for name in USAGE},
+    }

@@ -1,0 +1,280 @@
+"""Trajectories -> token ids and step spans, part by part, with any number of processes.
+
+One tokenisation of the whole rendering gives ids and spans together, so that they cannot drift
+apart. A token belongs to a step when its first character does: a token that straddles the end of
+the assistant header (the header's newline merged with a newline that the agent wrote first) was
+forced in part by the header and is not trained.
+
+Each trajectory part becomes the token part of the same name. Parts are independent, so that they
+can be made by several processes in any order, and a rerun makes only the missing ones.
+"""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from srft_prep.chat import LoadedTokenizer, TokenizerSpec, load_spec
+from srft_prep.config import History, TokenizeConfig
+from srft_prep.errors import ConfigError, FormatError
+from srft_prep.progress import Progress, Silent
+from srft_prep.schemas import SPAN, TOKENS
+from srft_prep.storage import Manifest, StageWriter, atomic_path, read_manifest, write_table
+from srft_prep.trajectories import read_trajectories
+from srft_prep.types import Trajectory
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BATCH_ROWS: Final = 16
+"""Trajectories rendered and encoded together."""
+
+ROW_GROUP_ROWS: Final = 16
+REJECTED: Final = "rejected.jsonl"
+CHECKED_TRAJECTORIES: Final = 64
+"""Trajectories on which a template is tried before anything is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """One row of a token part."""
+
+    trajectory: Trajectory
+    input_ids: "NDArray[np.int32]"
+    """Token ids, [T]."""
+    step_spans: tuple[tuple[int, int, int], ...]
+    """(step, start, end) of every step, half-open token ranges, in order."""
+
+
+@dataclass(slots=True)
+class _Part:
+    rows: list[TokenRow] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def tokenize(
+    trajectories: Path,
+    output: Path,
+    *,
+    tokenizer: str,
+    chat_template: Path | None = None,
+    history: History = "auto",
+    workers: int = 1,
+    overwrite: bool = False,
+    command: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the tokens of a trajectory directory to a stage directory and return its manifest.
+
+    Raises:
+        ShardError: `trajectories` is no finished `ingest` output.
+        ConfigError: the tokenizer or template cannot be used, the template rewrites history and
+            `history` is `auto`, or the output cannot be written to.
+    """
+    source = read_manifest(trajectories, stage="ingest")
+    spec = load_spec(tokenizer, chat_template)
+    config = TokenizeConfig(
+        tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
+    )
+    loaded = spec.load()
+    _check_template(loaded, source.parts, history)
+    with StageWriter.open(
+        output,
+        stage="tokenize",
+        config=asdict(config),
+        inputs=[source.as_input()],
+        overwrite=overwrite,
+    ) as writer:
+        if writer.finished:
+            return writer.finished
+        entries = _run(source.parts, writer, spec, history, workers, progress or Silent())
+        names = [part.name for part in source.parts]
+        counts: Counter[str] = Counter(sequences=0, tokens=0, step_tokens=0, rejected=0)
+        for name in names:
+            counts.update(entries[name]["counts"])
+        with atomic_path(output / REJECTED) as temporary, temporary.open("wb") as file:
+            for name in names:
+                file.writelines(orjson.dumps(row) + b"\n" for row in entries[name]["rejected"])
+        return writer.finish(
+            counts=dict(counts),
+            names=[*names, REJECTED],
+            command=command or [],
+            extra={"tokenizer": spec.describe()},
+        )
+
+
+def _run(
+    parts: list[Path],
+    writer: StageWriter,
+    spec: TokenizerSpec,
+    history: History,
+    workers: int,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Make the parts that are missing and return all journal entries by part name."""
+    entries: dict[str, dict[str, Any]] = {}
+    todo = []
+    for part in parts:
+        entry = writer.entry(part.stem)
+        if entry is None:
+            todo.append(part)
+        else:
+            entries[part.name] = entry
+            progress.advance(entry["counts"]["trajectories"])
+
+    def done(part: Path, entry: dict[str, Any]) -> None:
+        writer.record(part.stem, entry)
+        entries[part.name] = entry
+        progress.advance(entry["counts"]["trajectories"])
+
+    if workers <= 1 or len(todo) <= 1:
+        loaded = spec.load()
+        for part in todo:
+            done(part, tokenize_part(part, writer.path / part.name, loaded, history))
+        return entries
+    with ProcessPoolExecutor(
+        min(workers, len(todo)),
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(spec,),
+    ) as pool:
+        futures: dict[Future[dict[str, Any]], Path] = {
+            pool.submit(_work, part, writer.path / part.name, history): part for part in todo
+        }
+        for future in as_completed(futures):
+            done(futures[future], future.result())
+    return entries
+
+
+_worker_tokenizer: LoadedTokenizer | None = None
+
+
+def _start_worker(spec: TokenizerSpec) -> None:
+    """Load the tokenizer once a process, and die with the parent, even by kill -9."""
+    global _worker_tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker_tokenizer = spec.load()
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _die_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _work(part: Path, output: Path, history: History) -> dict[str, Any]:
+    assert _worker_tokenizer is not None
+    return tokenize_part(part, output, _worker_tokenizer, history)
+
+
+def tokenize_part(
+    part: Path, output: Path, tokenizer: LoadedTokenizer, history: History
+) -> dict[str, Any]:
+    """Write the token part of one trajectory part and return its journal entry."""
+    made = _Part()
+    for batch in _batched(read_trajectories([part])):
+        _tokenize_batch(batch, made, tokenizer, history)
+    made.counts["sequences"] = len(made.rows)
+    made.counts["tokens"] = sum(len(row.input_ids) for row in made.rows)
+    made.counts["step_tokens"] = sum(
+        end - start for row in made.rows for _, start, end in row.step_spans
+    )
+    made.counts["rejected"] = len(made.rejected)
+    write_table(_table(made.rows), output, row_group_rows=ROW_GROUP_ROWS)
+    return {"counts": dict(made.counts), "rejected": made.rejected}
+
+
+def _tokenize_batch(
+    batch: Sequence[Trajectory], made: _Part, tokenizer: LoadedTokenizer, history: History
+) -> None:
+    rendered = []
+    for trajectory in batch:
+        made.counts["trajectories"] += 1
+        try:
+            conversations = list(tokenizer.conversations(trajectory, history=history))
+        except FormatError as error:
+            made.rejected.append({"trajectory_id": trajectory.trajectory_id, "reason": str(error)})
+            continue
+        made.counts.update(tokenizer.dropped_fields(trajectory, conversations))
+        rendered += [(trajectory, conversation) for conversation in conversations]
+    encoded = tokenizer.encode([conversation for _, conversation in rendered])
+    for (trajectory, conversation), (ids, spans) in zip(rendered, encoded, strict=True):
+        made.counts["control_tokens_as_text"] += len(conversation.rendering.forged)
+        made.rows.append(TokenRow(trajectory=trajectory, input_ids=ids, step_spans=spans))
+
+
+def _batched(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
+    iterator = iter(trajectories)
+    while batch := list(islice(iterator, BATCH_ROWS)):
+        yield batch
+
+
+def _table(rows: list[TokenRow]) -> pa.Table:
+    """Return rows of the `TOKENS` schema, built column by column without Python lists of ids."""
+    empty = np.empty(0, np.int32)
+    lengths = np.array([len(row.input_ids) for row in rows], np.int32)
+    ids = pa.array(np.concatenate([row.input_ids for row in rows]) if rows else empty)
+    flat = [span for row in rows for span in row.step_spans]
+    spans = np.array(flat, np.int32).reshape(-1, 3)
+    span_counts = np.array([len(row.step_spans) for row in rows], np.int32)
+    structs = pa.StructArray.from_arrays(
+        [pa.array(spans[:, column]) for column in range(3)], fields=list(SPAN)
+    )
+    columns = [
+        pa.array([row.trajectory.trajectory_id for row in rows], pa.string()),
+        pa.array([row.trajectory.resolved for row in rows], pa.bool_()),
+        pa.array([row.trajectory.content_hash for row in rows], pa.string()),
+        pa.ListArray.from_arrays(_offsets(lengths), ids),
+        pa.ListArray.from_arrays(_offsets(span_counts), structs, type=TOKENS.field(4).type),
+        pa.array(lengths),
+    ]
+    return pa.Table.from_arrays(columns, schema=TOKENS)
+
+
+def _offsets(lengths: "NDArray[np.int32]") -> pa.Array:
+    return pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
+
+
+def _check_template(tokenizer: LoadedTokenizer, parts: list[Path], history: History) -> None:
+    """Try a template on the first trajectories, before anything is written.
+
+    Raises:
+        ConfigError: it rewrites history and `history` is `auto`, or it refuses all of them.
+    """
+    reasons: list[str] = []
+    checked = 0
+    for trajectory in _first_trajectories(parts):
+        checked += 1
+        try:
+            list(tokenizer.conversations(trajectory, history="full"))
+            rewritten = tokenizer.rewrites_history(trajectory, num_cuts=4)
+        except FormatError as error:
+            reasons.append(f"{trajectory.trajectory_id}: {error}")
+            continue
+        if rewritten and history == "auto":
+            raise ConfigError(
+                f"the chat template rewrites history: with a later message, what "
+                f"{trajectory.trajectory_id} showed before {rewritten} is rendered differently. "
+                "Choose --history per-step (each step in exactly the context that the model saw, "
+                "one sequence a step) or --history full (the final rendering, which the model "
+                "never saw in this form)"
+            )
+    if checked and len(reasons) == checked:
+        raise ConfigError(f"the chat template fits none of the trajectories; {reasons[0]}")
+
+
+def _first_trajectories(parts: list[Path]) -> Iterator[Trajectory]:
+    return islice(read_trajectories(parts), CHECKED_TRAJECTORIES)

@@ -1,0 +1,63 @@
+"""Trajectories as rows of Parquet parts, written whole and read as a stream."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import polars as pl
+import pyarrow as pa
+
+from srft_prep.schemas import MESSAGE, TRAJECTORIES
+from srft_prep.types import Message, Trajectory
+
+BATCH_ROWS: Final = 32
+"""Trajectories in memory at a time, when streaming."""
+
+_MESSAGE_FIELDS: Final = tuple(MESSAGE.field(i).name for i in range(MESSAGE.num_fields))
+
+
+def trajectories_table(trajectories: Iterable[Trajectory]) -> pa.Table:
+    """Return trajectories as rows of the `TRAJECTORIES` schema."""
+    rows = [
+        {
+            "trajectory_id": trajectory.trajectory_id,
+            "instance_id": trajectory.instance_id,
+            "format": trajectory.format,
+            "resolved": trajectory.resolved,
+            "model": trajectory.model,
+            "exit_status": trajectory.exit_status,
+            "patch": trajectory.patch,
+            "tools": trajectory.tools,
+            "messages": [
+                {name: getattr(message, name) for name in _MESSAGE_FIELDS}
+                for message in trajectory.messages
+            ],
+            "num_steps": trajectory.num_steps,
+            "content_hash": trajectory.content_hash,
+        }
+        for trajectory in trajectories
+    ]
+    return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
+
+
+def read_trajectories(parts: Sequence[Path]) -> Iterator[Trajectory]:
+    """Yield the trajectories of parts in order, streamed in batches."""
+    for part in parts:
+        frames = pl.scan_parquet(part).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
+        for frame in frames:
+            yield from map(trajectory_of, frame.iter_rows(named=True))
+
+
+def trajectory_of(row: dict[str, Any]) -> Trajectory:
+    """Return the trajectory of one row of a `TRAJECTORIES` table."""
+    return Trajectory(
+        trajectory_id=row["trajectory_id"],
+        instance_id=row["instance_id"],
+        format=row["format"],
+        resolved=row["resolved"],
+        model=row["model"],
+        exit_status=row["exit_status"],
+        patch=row["patch"],
+        tools=row["tools"],
+        messages=tuple(Message(**message) for message in row["messages"]),
+    )
