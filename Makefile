@@ -9,12 +9,18 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 QUICK := out/quickstart
-QUICK_ID := example
+
+# Settings of the stages, e.g. make label DATA=runs/ OUTCOMES=reports/ OUT=out/run1
 DATA ?= srft_prep/examples/runs
-OUT ?= out
+OUTCOMES ?= $(if $(filter srft_prep/examples/runs,$(DATA)),$(DATA))
+OUT ?= out/run
 CRITIC ?= rules
+MODEL ?=
+ONLY ?= unresolved
 TOKENIZER ?= example
 RECIPE ?= srft
+SEQ_LEN ?= 32768
+ARGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -51,10 +57,31 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 	@ls -1 $(QUICK)/shards/shard-*.parquet
 	@echo
 	@echo "Next:"
-	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id $(QUICK_ID)"
+	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-5"
 	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
 	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
 	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, Labels)"
+
+# DATA may be raw runs or the output of ingest. Exit status 1 (some records were rejected, and are
+# listed) does not stop the chain; 2 does.
+TRAJECTORIES = $(if $(wildcard $(DATA)/manifest.json),$(DATA),$(OUT)/trajectories)
+
+.PHONY: label
+label: $(VENV)/.base  ## Label every step: DATA=... OUT=... [OUTCOMES=... CRITIC=rules|scripted MODEL=... ONLY=...]
+	@test "$(TRAJECTORIES)" = "$(DATA)" || $(BIN)/srft-prep ingest $(DATA) \
+		$(if $(OUTCOMES),--outcomes $(OUTCOMES)) -o $(TRAJECTORIES) || test $$? -eq 1
+	@echo "critic: $(CRITIC)$(if $(filter rules,$(CRITIC)), (observable evidence only; this version has no model critic))"
+	@$(BIN)/srft-prep label $(TRAJECTORIES) --critic $(CRITIC) $(if $(MODEL),--model $(MODEL)) \
+		--only $(ONLY) -o $(OUT)/labels || test $$? -eq 1
+
+.PHONY: tokenize
+tokenize: $(VENV)/.base  ## Token ids and step spans: DATA=... OUT=... TOKENIZER=...
+	@$(BIN)/srft-prep tokenize $(TRAJECTORIES) --tokenizer $(TOKENIZER) -o $(OUT)/tokens || test $$? -eq 1
+
+.PHONY: pack
+pack: $(VENV)/.base  ## Packed, weighted shards: OUT=... [RECIPE=... SEQ_LEN=...]
+	@$(BIN)/srft-prep pack $(OUT)/tokens --labels $(OUT)/labels --recipe $(RECIPE) \
+		--seq-len $(SEQ_LEN) -o $(OUT)/shards-$(RECIPE) || test $$? -eq 1
 
 .PHONY: test
 test: $(VENV)/.dev  ## Set up and run all tests that can run here
@@ -71,3 +98,15 @@ check: $(VENV)/.dev  ## Lint, format check, types, layers
 fix: $(VENV)/.dev  ## Format and mend what can be mended by machine
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+.PHONY: bench
+bench: $(VENV)/.dev  ## Run the benchmarks; each prints a table and, last, one JSON line
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+.PHONY: docs
+docs: $(VENV)/.dev  ## Write docs/cli.md anew from --help
+	@$(BIN)/python -m pytest -q tests/test_docs.py --update-golden
+
+.PHONY: clean
+clean:  ## Remove .venv and out/
+	@rm -rf $(VENV) out

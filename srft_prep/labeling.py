@@ -6,11 +6,12 @@ this critic; memory holds one batch of rows and the ledger's index.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,6 +34,8 @@ from srft_prep.types import Trajectory
 LABELS_FILE: Final = "labels.parquet"
 REQUESTS_FILE: Final = "requests.parquet"
 ROW_GROUP_ROWS: Final = 1 << 15
+WHOLE: Final = "all"
+"""The part of a request that asks for all steps of a trajectory at once."""
 
 
 def label(
@@ -87,7 +90,7 @@ def label(
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
     """Return how many trajectories a run would look at, for a progress bar's total."""
-    return sum(1 for _ in _selected(read_manifest(trajectories, stage="ingest"), config))
+    return sum(1 for _ in _selected_keys(read_manifest(trajectories, stage="ingest"), config))
 
 
 def wanted(resolved: bool | None, only: Only) -> bool:
@@ -95,17 +98,19 @@ def wanted(resolved: bool | None, only: Only) -> bool:
     return only == "all" or (resolved is True) == (only == "resolved")
 
 
-def _selected(source: Manifest, config: LabelConfig) -> Iterator[Trajectory]:
-    for trajectory in read_trajectories(source.parts):
-        if not trajectory.num_steps or not wanted(trajectory.resolved, config.only):
-            continue
-        if int(trajectory.content_hash[:8], 16) % config.num_shards == config.shard_index:
-            yield trajectory
+def _selected_keys(source: Manifest, config: LabelConfig) -> Iterator[tuple[str, str]]:
+    """Yield (trajectory_id, content_hash) of the trajectories of a run, in order."""
+    columns = ["trajectory_id", "content_hash", "resolved", "num_steps"]
+    for part in source.parts:
+        for name, content_hash, resolved, steps in pl.read_parquet(part, columns=columns).rows():
+            in_share = int(content_hash[:8], 16) % config.num_shards == config.shard_index
+            if steps and in_share and wanted(resolved, config.only):
+                yield name, content_hash
 
 
 def _request(trajectory: Trajectory) -> CriticRequest:
     return CriticRequest(
-        trajectory=trajectory, part="all", steps=tuple(range(trajectory.num_steps))
+        trajectory=trajectory, part=WHOLE, steps=tuple(range(trajectory.num_steps))
     )
 
 
@@ -120,7 +125,10 @@ def _missing(
 ) -> Iterator[CriticRequest]:
     """Yield the requests that the ledger has no answer to, each key once."""
     sent = set()
-    for trajectory in _selected(source, config):
+    names = {name for name, _ in _selected_keys(source, config)}
+    for trajectory in read_trajectories(source.parts):
+        if trajectory.trajectory_id not in names:
+            continue
         request = _request(trajectory)
         key = key_of(request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
         if key in sent or ledger.has(key, failed=not retry_failed):
@@ -145,7 +153,6 @@ def _write_tables(
 ) -> Counter[str]:
     counts: Counter[str] = Counter(trajectories=0, steps=0, good=0, unnecessary=0, harmful=0)
     counts["failures"] = 0
-    entries = _entries(source, config, ledger)
     with (
         atomic_path(output / LABELS_FILE) as labels_path,
         atomic_path(output / REQUESTS_FILE) as requests_path,
@@ -154,10 +161,10 @@ def _write_tables(
     ):
         label_rows: list[dict[str, Any]] = []
         request_rows: list[dict[str, Any]] = []
-        for trajectory, entry in entries:
-            rows = list(_label_rows(trajectory, entry))
+        for trajectory_id, entry in _entries(source, config, ledger):
+            rows = list(_label_rows(trajectory_id, entry))
             label_rows += rows
-            request_rows.append(_request_row(trajectory, entry))
+            request_rows.append(_request_row(trajectory_id, entry))
             counts["trajectories"] += 1
             counts["steps"] += len(rows)
             counts["failures"] += entry["failure"] is not None
@@ -173,30 +180,27 @@ def _write_tables(
 
 def _entries(
     source: Manifest, config: LabelConfig, ledger: Ledger
-) -> Iterable[tuple[Trajectory, dict[str, Any]]]:
-    for trajectory in _selected(source, config):
-        key = key_of(
-            _request(trajectory), critic_id=config.critic_id, prompt_hash=config.prompt_hash
-        )
-        entry = ledger.get(key)
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, content_hash in _selected_keys(source, config):
+        entry = ledger.get((content_hash, config.critic_id, config.prompt_hash, WHOLE))
         if entry is not None:
-            yield trajectory, entry
+            yield name, entry
 
 
-def _label_rows(trajectory: Trajectory, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _label_rows(trajectory_id: str, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for step_label in sorted(labels_of(entry), key=lambda row: row.step_index):
         yield {
-            "trajectory_id": trajectory.trajectory_id,
-            "content_hash": trajectory.content_hash,
+            "trajectory_id": trajectory_id,
+            "content_hash": entry["content_hash"],
             "critic_id": entry["critic_id"],
             "prompt_hash": entry["prompt_hash"],
             **asdict(step_label),
         }
 
 
-def _request_row(trajectory: Trajectory, entry: dict[str, Any]) -> dict[str, Any]:
+def _request_row(trajectory_id: str, entry: dict[str, Any]) -> dict[str, Any]:
     return {
-        "trajectory_id": trajectory.trajectory_id,
+        "trajectory_id": trajectory_id,
         "part": entry["part"],
         "failure": entry["failure"],
         **{name: entry[name] for name in USAGE},

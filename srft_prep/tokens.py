@@ -98,7 +98,7 @@ def tokenize(
     ) as writer:
         if writer.finished:
             return writer.finished
-        entries = _run(source.parts, writer, spec, history, workers, progress or Silent())
+        entries = _run(source.parts, writer, loaded, history, workers, progress or Silent())
         names = [part.name for part in source.parts]
         counts: Counter[str] = Counter(sequences=0, tokens=0, step_tokens=0, rejected=0)
         for name in names:
@@ -117,7 +117,7 @@ def tokenize(
 def _run(
     parts: list[Path],
     writer: StageWriter,
-    spec: TokenizerSpec,
+    tokenizer: LoadedTokenizer,
     history: History,
     workers: int,
     progress: Progress,
@@ -139,15 +139,14 @@ def _run(
         progress.advance(entry["counts"]["trajectories"])
 
     if workers <= 1 or len(todo) <= 1:
-        loaded = spec.load()
         for part in todo:
-            done(part, tokenize_part(part, writer.path / part.name, loaded, history))
+            done(part, tokenize_part(part, writer.path / part.name, tokenizer, history))
         return entries
     with ProcessPoolExecutor(
         min(workers, len(todo)),
         mp_context=get_context("spawn"),
         initializer=_start_worker,
-        initargs=(spec,),
+        initargs=(tokenizer.spec,),
     ) as pool:
         futures: dict[Future[dict[str, Any]], Path] = {
             pool.submit(_work, part, writer.path / part.name, history): part for part in todo

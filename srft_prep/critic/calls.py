@@ -153,17 +153,25 @@ def _call(name: str, arguments: Mapping[str, Any]) -> Call:
     kind: CallKind = _TOOL_KINDS.get(name, "other")
     if name in _EDITORS:
         kind = _EDITOR_KINDS.get(command or "", "other")
-    shown = {key: value for key, value in sorted(arguments.items()) if key != "security_risk"}
     new = text("new_str", "replace", "file_text", "text", "content")
     return Call(
         name=name,
         kind=kind,
-        text=f"{name} {shown}",
+        text=_canonical(arguments),
         effect="writes" if kind in ("edit", "create", "undo") else "reads",
         path=text("path", "file_path", "filename", "file"),
         old=text("old_str", "search") if kind == "edit" else None,
         new=new if kind in ("edit", "create") else None,
     )
+
+
+def _canonical(arguments: Mapping[str, Any]) -> str:
+    """Return arguments as JSON with sorted keys, without what a harness asks beside the action."""
+    shown = {key: value for key, value in arguments.items() if key != "security_risk"}
+    try:
+        return orjson.dumps(shown, option=orjson.OPT_SORT_KEYS).decode()
+    except orjson.JSONEncodeError:  # nested deeper than orjson writes
+        return " ".join(sorted(shown))
 
 
 def _shell(text: str, *, name: str = "bash") -> Call:

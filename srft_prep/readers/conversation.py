@@ -1,111 +1,83 @@
-"""Pieces that all readers share: raw message dicts -> Message, checked field by field.
+"""Raw messages -> messages with their kinds: what all readers of role-based formats share."""
 
-Every function takes `where`, the words that start its error message ("message 3"), and raises
-FormatError for a value of the wrong type, so that a broken record is rejected with a reason and
-never half-read.
-"""
-
-from typing import Any
-
-import orjson
+import re
+from dataclasses import replace
+from typing import Any, Final
 
 from srft_prep.errors import FormatError
-from srft_prep.types import Kind, Message
+from srft_prep.readers import Origin
+from srft_prep.readers.fields import calls_json, dump, field, text_of
+from srft_prep.types import Kind, Message, Trajectory
+
+_HARNESS_EXIT: Final = re.compile(
+    r"(?:[Ee]xit due to (?:cost limit|context window|total execution time exceeded"
+    r"|multiple consecutive command timeouts|repeated format/blocklist/bash syntax errors"
+    r"|(?:retry|environment|runtime|unknown) error: .*)"
+    r"|Exiting due to forfeit)"
+    r"(?:\s*```\s*```)?",
+    re.DOTALL,
+)
+"""What SWE-agent writes in the model's place when it gives up (`sweagent/agent/agents.py`).
+
+The empty code block is what SWE-smith's ticks style adds to it.
+"""
 
 
-def field(record: dict[str, Any], key: str, kind: type, *, where: str) -> Any:
-    """Return `record[key]`, or None where it is absent or null.
+def conversation_of(raws: list[Any], *, not_the_model: str | None = None) -> tuple[Message, ...]:
+    """Return raw messages with their kinds: what the model wrote is an action.
 
-    Raises:
-        FormatError: the value is there and is no `kind`.
-    """
-    value = record.get(key)
-    if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
-        return value
-    raise FormatError(
-        f"{where}: field {key!r}: expected {kind.__name__}, got {type(value).__name__}"
-    )
-
-
-def outcome_of(record: dict[str, Any], key: str, *, where: str) -> bool | None:
-    """Return an outcome column as a bool: true or 1, false or 0; None for null, absent or -1.
-
-    Raises:
-        FormatError: the value is none of these.
-    """
-    value = record.get(key)
-    if value is None or (isinstance(value, (bool, int, float)) and value in (-1, 0, 1)):
-        return None if value in (None, -1) else bool(value)
-    shown = repr(value)[:40] if isinstance(value, (str, int, float)) else type(value).__name__
-    raise FormatError(f"{where}: field {key!r}: expected a bool, 0, 1 or -1, got {shown}")
-
-
-def text_of(content: Any, *, where: str) -> str | None:
-    """Return the text of a message's content: a string, null, or a list of typed parts.
-
-    Text parts are joined as they are; a part that is no text (an image) leaves `[image]`, so that
-    its place is seen.
+    `is_demo` marks a demonstration. What the harness wrote in the model's place, and the answers to
+    it, are artifacts; `not_the_model` is one more such text. Messages wrapped in lists of one are
+    unwrapped, and arguments that are no text become JSON text.
 
     Raises:
-        FormatError: the content is of another type.
+        FormatError: a message is broken, or none is an action.
     """
-    if content is None or isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(_part_text(part, where=where) for part in content)
-    raise FormatError(
-        f"{where}: content: expected a string or a list of parts, got {type(content).__name__}"
-    )
+    messages: list[Message] = []
+    after: Kind = "prompt"
+    for number, wrapped in enumerate(raws):
+        where = f"message {number}"
+        raw = wrapped[0] if isinstance(wrapped, list) and len(wrapped) == 1 else wrapped
+        message = _message(raw, where=where)
+        kind = after
+        if field(raw, "is_demo", bool, where=where):
+            kind = "demo"
+        elif message.role == "assistant":
+            kind = "artifact" if _by_harness(message, not_the_model=not_the_model) else "action"
+            after = "artifact" if kind == "artifact" else "observation"
+        messages.append(replace(message, kind=kind))
+    if not any(message.kind == "action" for message in messages):
+        raise FormatError(f"no action by a model among {len(messages)} messages")
+    return tuple(messages)
 
 
-def calls_json(calls: Any, *, where: str) -> str | None:
-    """Return tool calls as JSON text in OpenAI's form, without null fields; None for no calls.
+def ended(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return the messages of a finished run: those after the last answer become artifacts.
 
-    Arguments stay exactly as emitted: a JSON string stays a string.
+    They are the harness's last words (the submitted diff, say), and no model read them.
+    """
+    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
+    tail = (replace(message, kind="artifact") for message in messages[last + 1 :])
+    return (*messages[: last + 1], *tail)
+
+
+def named_by_content(trajectory: Trajectory, *, origin: Origin) -> Trajectory:
+    """Return the trajectory with an id: its own, or its task's name and a hash of its content.
+
+    A row without an id may be one of many attempts at its task; the hash keeps them apart wherever
+    the row is found.
 
     Raises:
-        FormatError: the calls are no list of objects with a function name.
+        FormatError: the text has a character that cannot be written in UTF-8.
     """
-    if not calls:
-        return None
-    if not isinstance(calls, list):
-        raise FormatError(f"{where}: tool_calls: expected a list, got {type(calls).__name__}")
-    for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise FormatError(f"{where}: tool_calls: expected objects with function.name")
-    kept = [
-        {key: value for key, value in call.items() if value is not None and key != "index"}
-        for call in calls
-    ]
-    return dump(kept)
-
-
-def tools_json(tools: Any, *, where: str) -> str | None:
-    """Return tool definitions as JSON text, null slots removed; None for no tools.
-
-    Parquet fills the parameter slots that a tool does not use with nulls (SWE-Gym's rows); a model
-    never saw those. A null under `default` or `const` says something and stays.
-
-    Raises:
-        FormatError: the tools are neither a list of objects nor JSON text of one.
-    """
-    if isinstance(tools, str):
-        tools = parse_json(tools, where=f"{where}: tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise FormatError(f"{where}: tools: expected a list, got {type(tools).__name__}")
-    parsed = [
-        parse_json(tool, where=f"{where}: tools") if isinstance(tool, str) else tool
-        for tool in tools
-    ]
-    if not all(isinstance(tool, dict) for tool in parsed):
-        raise FormatError(f"{where}: tools: expected objects")
+    if trajectory.trajectory_id:
+        return trajectory
     try:
-        return dump(_without_nulls(parsed))
-    except RecursionError:
-        raise FormatError(f"{where}: tools: nested too deeply") from None
+        suffix = trajectory.content_hash[:8]
+    except TypeError as error:
+        raise FormatError(f"messages cannot be written as JSON: {error}") from None
+    name = trajectory.instance_id or origin.path.stem
+    return replace(trajectory, trajectory_id=f"{name}.{suffix}")
 
 
 def chat_message(raw: Any, *, kind: Kind, where: str, role: str | None = None) -> Message:
@@ -136,49 +108,29 @@ def chat_message(raw: Any, *, kind: Kind, where: str, role: str | None = None) -
     )
 
 
-def parse_json(text: str, *, where: str) -> Any:
-    """Return the parsed JSON text.
-
-    Raises:
-        FormatError: the text is no JSON.
-    """
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise FormatError(f"{where}: expected JSON text: {error}") from None
-
-
-def dump(value: Any) -> str:
-    """Return a value as JSON text, keys in the order given.
-
-    Raises:
-        FormatError: a string with a lone surrogate, or an integer beyond 64 bits.
-    """
-    try:
-        return orjson.dumps(value).decode()
-    except orjson.JSONEncodeError as error:
-        raise FormatError(f"cannot be written as JSON: {error}") from None
+def _message(raw: Any, *, where: str) -> Message:
+    if isinstance(raw, dict) and isinstance(raw.get("tool_calls"), list):
+        raw = {**raw, "tool_calls": [_with_text_arguments(call) for call in raw["tool_calls"]]}
+    message = chat_message(raw, kind="prompt", where=where)
+    if message.content is None and message.tool_calls is None:
+        message = replace(message, content="")
+    blocks = field(raw, "thinking_blocks", list, where=where) or []
+    if message.reasoning_content is None and blocks:
+        thoughts = [block.get("thinking") for block in blocks if isinstance(block, dict)]
+        text = "".join(thought for thought in thoughts if isinstance(thought, str))
+        message = replace(message, reasoning_content=text or None)
+    return message
 
 
-def _part_text(part: Any, *, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict):
-        text = part.get("text")
-        if isinstance(text, str):
-            return text
-        if isinstance(part.get("type"), str) and part["type"] != "text":
-            return "[image]" if "image" in part["type"] else f"[{part['type']}]"
-    raise FormatError(f"{where}: content: expected parts with text, got {type(part).__name__}")
+def _with_text_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), (dict, list)):
+        return call
+    return {**call, "function": {**function, "arguments": dump(function["arguments"])}}
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _without_nulls(item)
-            for key, item in value.items()
-            if item is not None or key in ("default", "const")
-        }
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+def _by_harness(message: Message, *, not_the_model: str | None) -> bool:
+    text = (message.content or "").strip()
+    if message.tool_calls is not None:
+        return False
+    return text == not_the_model or _HARNESS_EXIT.fullmatch(text) is not None

@@ -9,9 +9,8 @@ from typing import Any, Final
 
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
-from srft_prep.readers.conversation import field, outcome_of, tools_json
-from srft_prep.readers.swe_agent import conversation_of
-from srft_prep.readers.swe_smith import named_by_content, rows_of
+from srft_prep.readers.conversation import conversation_of, named_by_content
+from srft_prep.readers.fields import field, outcome_of, rows_of, tools_json
 from srft_prep.types import Trajectory
 
 _COLUMNS: Final = ("target", "generated_patch", "model_patch")

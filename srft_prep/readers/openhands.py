@@ -18,10 +18,9 @@ import orjson
 
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
-from srft_prep.readers.conversation import field, outcome_of, tools_json
+from srft_prep.readers.conversation import conversation_of, named_by_content
+from srft_prep.readers.fields import field, outcome_of, rows_of, tools_json
 from srft_prep.readers.openhands_events import conversation_of_events, is_event
-from srft_prep.readers.swe_agent import conversation_of
-from srft_prep.readers.swe_smith import named_by_content, rows_of
 from srft_prep.types import Message, Trajectory
 
 _STATUS_CHARS: Final = 200
@@ -66,7 +65,9 @@ def _of_events(record: dict[str, Any]) -> Trajectory:
     error = _error(record)
     conversation = conversation_of_events(history, max_chars=max_chars)
     if not conversation.messages:
-        instruction = field(record, "instruction", str, where="record") or ""
+        instruction = field(record, "instruction", str, where="record")
+        if not instruction:
+            raise FormatError(f"no action, no message and no instruction: {len(history)} events")
         conversation.add(role="user", content=instruction)
     if conversation.last_action is None and not error:
         raise FormatError(f"no action by the agent, and no error, among {len(history)} events")

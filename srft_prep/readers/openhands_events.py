@@ -24,7 +24,8 @@ from typing import Any, Final
 import orjson
 
 from srft_prep.errors import FormatError
-from srft_prep.readers.conversation import chat_message, field, tools_json
+from srft_prep.readers.conversation import chat_message
+from srft_prep.readers.fields import field, tools_json
 from srft_prep.readers.openhands_text import Form, action_text, answered, form_of, observation_text
 from srft_prep.types import Kind, Message
 
@@ -154,7 +155,7 @@ def _is_users(conversation: Conversation, action: str, *, source: str | None) ->
     """
     if source is not None or action != "message":
         return source == "user"
-    return not conversation.messages or conversation.messages[-1].kind != "observation"
+    return not conversation.messages or conversation.messages[-1].role in ("system", "assistant")
 
 
 def _add_step(

@@ -9,7 +9,7 @@ provider counted them, grow by this text and not by the event's bare content.
 
 from typing import Any, Final, Literal
 
-from srft_prep.readers.conversation import dump, field, text_of
+from srft_prep.readers.fields import dump, field, text_of
 
 Form = Literal["function", "tags"]
 """How an action is written as text: `<function=execute_bash>`, or `<execute_bash>` of old."""
@@ -47,8 +47,10 @@ _EXIT: Final = "<execute_bash>\nexit\n</execute_bash>"
 def action_text(action: str, args: dict[str, Any], *, prompt: str, where: str) -> str:
     """Return an action as text, in the form that the record's own prompt asks for.
 
-    Thought and action come from the event; only white space around them may differ from what the
-    model wrote, for OpenHands stripped it.
+    Near to what the model wrote, and not proven to be it: OpenHands kept thought and action apart,
+    stripped both, put words behind an action into the thought, and took `<finish>` and `exit` for
+    the same. It is what OpenHands itself showed to the model as its earlier turns, but for the
+    closing tags of a finish.
 
     Raises:
         FormatError: an argument has the wrong type.

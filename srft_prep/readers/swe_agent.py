@@ -6,41 +6,18 @@ processors, which may have cut old observations ("Old environment output: (7 lin
 stand in where a file has no history. Answers that SWE-agent asked the model to write again, and the
 last submit of some versions, are steps of `trajectory` that `history` lacks: they are put back in
 their place, so that no word of the model is lost.
-
-SWE-smith's rows are made from these files and nebius's from a fork of the program, so their readers
-use `conversation_of` too.
 """
 
 import re
-from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
-from srft_prep.readers.conversation import (
-    chat_message,
-    dump,
-    field,
-    parse_json,
-    text_of,
-    tools_json,
-)
-from srft_prep.types import Kind, Message, Trajectory
-
-_HARNESS_EXIT: Final = re.compile(
-    r"(?:[Ee]xit due to (?:cost limit|context window|total execution time exceeded"
-    r"|multiple consecutive command timeouts|repeated format/blocklist/bash syntax errors"
-    r"|(?:retry|environment|runtime|unknown) error: .*)"
-    r"|Exiting due to forfeit)"
-    r"(?:\s*```\s*```)?",
-    re.DOTALL,
-)
-"""What SWE-agent writes in the model's place when it gives up (`sweagent/agent/agents.py`).
-
-The empty code block is what SWE-smith's ticks style adds to it.
-"""
+from srft_prep.readers.conversation import conversation_of, ended
+from srft_prep.readers.fields import field, parse_json, text_of, tools_json
+from srft_prep.types import Trajectory
 
 _NO_INSTANCE: Final = ("", "main", "swe_main")
 """Values of `environment` that name no instance."""
@@ -86,72 +63,6 @@ def read(record: Any, *, origin: Origin) -> Trajectory:
         patch=field(info, "submission", str, where="info"),
         tools=tools_json(record.get("tools"), where="record"),
     )
-
-
-def conversation_of(raws: list[Any], *, not_the_model: str | None = None) -> tuple[Message, ...]:
-    """Return raw messages with their kinds: what the model wrote is an action.
-
-    `is_demo` marks a demonstration. What the harness wrote in the model's place, and the answers to
-    it, are artifacts; `not_the_model` is one more such text. Messages wrapped in lists of one are
-    unwrapped, and arguments that are no text become JSON text.
-
-    Raises:
-        FormatError: a message is broken, or none is an action.
-    """
-    messages: list[Message] = []
-    after: Kind = "prompt"
-    for number, wrapped in enumerate(raws):
-        where = f"message {number}"
-        raw = wrapped[0] if isinstance(wrapped, list) and len(wrapped) == 1 else wrapped
-        message = _message(raw, where=where)
-        kind = after
-        if field(raw, "is_demo", bool, where=where):
-            kind = "demo"
-        elif message.role == "assistant":
-            kind = "artifact" if _by_harness(message, not_the_model=not_the_model) else "action"
-            after = "artifact" if kind == "artifact" else "observation"
-        messages.append(replace(message, kind=kind))
-    if not any(message.kind == "action" for message in messages):
-        raise FormatError(f"no action by a model among {len(messages)} messages")
-    return tuple(messages)
-
-
-def ended(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the messages of a finished run: those after the last answer become artifacts.
-
-    They are the harness's last words (the submitted diff, say), and no model read them.
-    """
-    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-    tail = (replace(message, kind="artifact") for message in messages[last + 1 :])
-    return (*messages[: last + 1], *tail)
-
-
-def _message(raw: Any, *, where: str) -> Message:
-    if isinstance(raw, dict) and isinstance(raw.get("tool_calls"), list):
-        raw = {**raw, "tool_calls": [_with_text_arguments(call) for call in raw["tool_calls"]]}
-    message = chat_message(raw, kind="prompt", where=where)
-    if message.content is None and message.tool_calls is None:
-        message = replace(message, content="")
-    blocks = field(raw, "thinking_blocks", list, where=where) or []
-    if message.reasoning_content is None and blocks:
-        thoughts = [block.get("thinking") for block in blocks if isinstance(block, dict)]
-        text = "".join(thought for thought in thoughts if isinstance(thought, str))
-        message = replace(message, reasoning_content=text or None)
-    return message
-
-
-def _with_text_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), (dict, list)):
-        return call
-    return {**call, "function": {**function, "arguments": dump(function["arguments"])}}
-
-
-def _by_harness(message: Message, *, not_the_model: str | None) -> bool:
-    text = (message.content or "").strip()
-    if message.tool_calls is not None:
-        return False
-    return text == not_the_model or _HARNESS_EXIT.fullmatch(text) is not None
 
 
 def _steps(record: dict[str, Any]) -> list[dict[str, Any]]:

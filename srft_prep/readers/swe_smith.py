@@ -6,13 +6,12 @@ content (xml, ticks) or as `tool_calls` (tool). Relatives: the `ft_xml*.jsonl` t
 converter writes, mini-coder, Open-SWE-Traces, CoderForge.
 """
 
-from dataclasses import replace
 from typing import Any, Final
 
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
-from srft_prep.readers.conversation import field, outcome_of, parse_json, tools_json
-from srft_prep.readers.swe_agent import conversation_of, ended
+from srft_prep.readers.conversation import conversation_of, ended, named_by_content
+from srft_prep.readers.fields import field, outcome_of, rows_of, tools_json
 from srft_prep.types import Message, Trajectory
 
 _NAMES: Final = ("instance_id", "traj_id", "trajectory_id")
@@ -68,41 +67,6 @@ def read(record: Any, *, origin: Origin) -> Trajectory:
         tools=tools_json(record.get("tools"), where="record"),
     )
     return named_by_content(trajectory, origin=origin)
-
-
-def rows_of(record: dict[str, Any], key: str) -> list[Any]:
-    """Return the raw messages under a key: a list, or JSON text of one.
-
-    Raises:
-        FormatError: the value is neither.
-    """
-    rows = record.get(key)
-    if isinstance(rows, str):
-        rows = parse_json(rows, where=f"record: field {key!r}")
-    if not isinstance(rows, list):
-        raise FormatError(
-            f"record: field {key!r}: expected a list or JSON text of one, got {type(rows).__name__}"
-        )
-    return rows
-
-
-def named_by_content(trajectory: Trajectory, *, origin: Origin) -> Trajectory:
-    """Return the trajectory with an id: its own, or its task's name and a hash of its content.
-
-    A row without an id may be one of many attempts at its task; the hash keeps them apart wherever
-    the row is found.
-
-    Raises:
-        FormatError: the text has a character that cannot be written in UTF-8.
-    """
-    if trajectory.trajectory_id:
-        return trajectory
-    try:
-        suffix = trajectory.content_hash[:8]
-    except TypeError as error:
-        raise FormatError(f"messages cannot be written as JSON: {error}") from None
-    name = trajectory.instance_id or origin.path.stem
-    return replace(trajectory, trajectory_id=f"{name}.{suffix}")
 
 
 def _text(record: dict[str, Any], *keys: str) -> str | None:

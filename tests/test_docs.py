@@ -1,0 +1,51 @@
+"""The documentation says what the program does."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COMMANDS = ("ingest", "label", "tokenize", "pack", "stats", "inspect", "verify")
+
+
+def help_of(*words: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "srft_prep", *words, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", "COLUMNS": "100"},
+    )
+    return run.stdout.replace("python -m srft_prep", "srft-prep")
+
+
+def test_the_command_reference_is_what_help_prints(request: pytest.FixtureRequest) -> None:
+    sections = [f"## srft-prep {command}\n\n```\n{help_of(command)}```\n" for command in COMMANDS]
+    text = "\n".join(
+        [
+            "# Command reference\n\nWritten by `make docs` from `--help`; a test holds it to that.\n",
+            f"```\n{help_of()}```\n",
+            *sections,
+        ]
+    )
+    path = REPOSITORY / "docs" / "cli.md"
+    if request.config.getoption("--update-golden"):
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text, "run make docs"
+
+
+def test_every_module_is_named_in_the_architecture_page() -> None:
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    modules = (REPOSITORY / "srft_prep").rglob("*.py")
+    names = {path.name for path in modules if path.name != "__init__.py"}
+    missing = sorted(name for name in names if name not in text)
+    assert not missing
+
+
+def test_links_in_the_documents_lead_to_files() -> None:
+    for document in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
