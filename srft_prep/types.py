@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Final, Literal, get_args
 
 import orjson
@@ -77,7 +78,6 @@ class Trajectory:
     def steps(self) -> tuple[Step, ...]:
         """The trajectory's steps in order; an observation belongs to the last action before it."""
         starts = [i for i, message in enumerate(self.messages) if message.kind == "action"]
-        ends = [*starts[1:], len(self.messages)]
         return tuple(
             Step(
                 index=index,
@@ -88,7 +88,7 @@ class Trajectory:
                     if message.kind == "observation"
                 ),
             )
-            for index, (start, end) in enumerate(zip(starts, ends, strict=True))
+            for index, (start, end) in enumerate(pairwise([*starts, len(self.messages)]))
         )
 
     @property

@@ -21,7 +21,7 @@ CallKind = Literal["shell", "python", "view", "search", "edit", "create", "undo"
 
 _FUNCTION: Final = re.compile(r"<function=([^>\n]{1,100})>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER: Final = re.compile(r"<parameter=([^>\n]{1,100})>(.*?)(?:</parameter>|\Z)", re.DOTALL)
-_FENCE: Final = re.compile(r"```([\w+-]*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE: Final = re.compile(r"```([\w+-]*+)[^\n`]*+\n(.*?)(?:```|\Z)", re.DOTALL)
 _TAG: Final = re.compile(
     r"<(execute_bash|execute_ipython|command|code)>(.*?)(?:</\1>|\Z)", re.DOTALL
 )

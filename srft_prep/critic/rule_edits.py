@@ -133,7 +133,8 @@ def _creates(step: StepEvidence, path: str) -> bool:
         if call.kind == "create":
             return call.path == path
         return any(
-            path in command.targets or command.name in ("touch", "cp", "mv", "tee")
+            path in set(command.targets) - set(command.appends)
+            or command.name in ("touch", "cp", "mv", "tee")
             for command in call.commands
         )
 

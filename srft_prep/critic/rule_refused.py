@@ -176,7 +176,8 @@ def _find_code_failures(run: Run) -> Findings:
     code = [any(call.name == "python" for call in step.calls) for step in run.steps]
     recorded = any(is_code and step.answered for is_code, step in zip(code, run.steps, strict=True))
     gap_before = False
-    for step, following in zip(run.steps, [*run.steps[1:], None], strict=True):
+    followings = (*run.steps[1:], None)
+    for step, following in zip(run.steps, followings, strict=False):  # a run may have no steps
         gap = False
         if code[step.index]:
             if evidence := _first(step, _CODE_ERRORS):

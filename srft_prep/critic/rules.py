@@ -4,8 +4,8 @@ Rules are a floor under a model and the default of last resort, not its replacem
 edit bounce, an action repeat and a patch that cannot apply, and they do not see a wrong idea. A
 step is harmful where a harmful rule fires, else unnecessary where an unnecessary one does, else
 good; the rationale is `rule-id: evidence`. Rules measure no probabilities, so those stay null.
-Measured precision of each rule: `benchmarks/rules_quality.py`. Cost: linear in the text, about
-1 ms a step.
+Measured precision of each rule: `benchmarks/rules_quality.py`. Cost: linear in the text, 0.15 ms a
+step on 5,148 real ones (2 cores, Python 3.11).
 """
 
 import hashlib

@@ -115,7 +115,7 @@ class ScriptedCritic:
             for record in reader:
                 yield reader.line_num, {key: value or None for key, value in record.items()}
         except csv.Error as error:
-            raise LabelError(f"{self.path}:{reader.line_num}: expected CSV: {error}") from None
+            raise LabelError(f"{self.path}:{reader.line_num + 1}: expected CSV: {error}") from None
 
 
 def _text(record: Mapping[str, Any], key: str, *, where: str) -> str:

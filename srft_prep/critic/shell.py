@@ -43,6 +43,8 @@ class Command:
     """The unquoted words: the program's name first; assignments and wrappers left out."""
     targets: tuple[str, ...] = ()
     """Files that its output is redirected into."""
+    appends: tuple[str, ...] = ()
+    """Those of `targets` that it adds to (`>>`)."""
     body: str = ""
     """The text of its heredoc."""
 
@@ -61,6 +63,7 @@ class Command:
 class _Draft:
     words: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=list)
+    appends: list[str] = field(default_factory=list)
     bodies: list[str] = field(default_factory=list)
 
 
@@ -85,17 +88,24 @@ def parse(text: str) -> tuple[Command, ...]:
                 drafts[-1].words.append(word)
             elif ">" in redirect and _is_file(word, redirect):
                 drafts[-1].targets.append(word)
+                drafts[-1].appends += [word] if ">>" in redirect else []
             redirect = ""
         elif kind == "end":
             redirect = ""
             if "\n" in match["end"]:
                 position = _take_heredocs(text, position, heredocs)
             drafts.append(_Draft())
-    return tuple(
-        Command(words=_unwrapped(it.words), targets=tuple(it.targets), body="\n".join(it.bodies))
-        for it in drafts
-        if it.words or it.targets
+    commands = (
+        Command(
+            words=_unwrapped(draft.words),
+            targets=tuple(draft.targets),
+            appends=tuple(draft.appends),
+            body="\n".join(draft.bodies),
+        )
+        for draft in drafts
+        if draft.words or draft.targets
     )
+    return tuple(command for command in commands if command.words or command.targets)
 
 
 def _unwrapped(words: Sequence[str]) -> tuple[str, ...]:
@@ -105,8 +115,10 @@ def _unwrapped(words: Sequence[str]) -> tuple[str, ...]:
         while wrapper in ("xargs", "sudo", "env") and rest and rest[0].startswith("-"):
             rest.pop(0)
     if rest and rest[0] == "timeout":
-        rest = [word for word in rest[1:] if not word.startswith("-")]
-        rest = rest[1:]
+        rest.pop(0)
+        while rest and rest[0].startswith("-"):
+            rest.pop(0)
+        rest = rest[1:]  # the duration
     return tuple(rest)
 
 

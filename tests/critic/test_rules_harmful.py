@@ -6,6 +6,7 @@ import pytest
 from srft_prep.critic.rules import RulesCritic
 from srft_prep.types import Message, Trajectory
 
+CODE_127 = "<returncode>127</returncode>\n<output>"
 SUBMIT = (
     "```bash\necho COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && git add -A && git diff --cached\n```"
 )
@@ -129,8 +130,8 @@ def test_patch_and_sed_failures_are_harmful_and_fuzz_is_not():
 @pytest.mark.parametrize(
     ("command", "output"),
     [
-        ("pytest tests", "<returncode>127</returncode>\n<output>\nbash: line 1: pytest: command not found\n"),
-        ("ponyc t.pony", "bash: ponyc: command not found\n[The command completed with exit code 127.]"),
+        ("pytest tests", f"{CODE_127}\nbash: line 1: pytest: command not found"),
+        ("ponyc t", "bash: ponyc: command not found\n[The command completed with exit code 127.]"),
         ("foo -x", "/bin/sh: 1: foo: not found"),
         ("if [ 1", "bash: -c: line 2: syntax error: unexpected end of file"),
     ],
@@ -186,7 +187,10 @@ def test_code_that_crashed_is_harmful_where_the_log_or_the_next_step_says_so():
     assert fired(run(works, (code, None), (code, None), onward)) == {(2, "code-failed")}
 
 
-PATCH = "--- a/f.py\n+++ b/f.py\n@@ -1,3 +1,4 @@\n a = 1\n-old_value = compute(a)\n+b = 3\n+c = 4\n d = 5\n"
+PATCH = (
+    "--- a/f.py\n+++ b/f.py\n@@ -1,3 +1,4 @@\n"
+    " a = 1\n-old_value = compute(a)\n+b = 3\n+c = 4\n d = 5\n"
+)
 SHOWN = ("```py\nprint(text)\n```", "Execution logs:\na = 1\nold_value = compute(a)\nd = 5")
 
 

@@ -23,9 +23,9 @@ FRAGMENTS = st.sampled_from(
     [
         "```bash\nsed -i 's/a/b/' f.py\n```", "```", "```py\nfinal_answer('@@ -1 +1 @@')\n```",
         "<function=bash>\n<parameter=command>ls", "</function>", "git stash", "cat <<'EOF' > f.py",
-        "OBSERVATION:\n", "ERROR:\n", "<returncode>1", "\n[Error occurred in processing last action]",
+        "OBSERVATION:\n", "ERROR:\n", "<returncode>1", "\n[Error occurred in processing",
         "bash: line 1: x: command not found", "rm f.py", "edit 1:2\nx\nend_of_edit", "'", '"', "\\",
-        "@@ -1,2 +3 @@\n-x", "No replacement was performed", "git checkout -- .", "\r\n", "(Open file: ",
+        "@@ -1,2 +3 @@\n-x", "No replacement was performed", "git checkout -- .", "\r\n",
     ]
 )  # fmt: skip
 TEXTS = st.lists(st.one_of(FRAGMENTS, st.text(max_size=20)), max_size=6).map("".join)
@@ -126,21 +126,21 @@ def test_every_rule_has_its_own_id_and_harmful_rules_come_first():
     ["```", '"', "'", "\\", "bash: ", "x" * 7, "<function=", "<code>", "1.", "0x", "a/", "<<E\n",
      "OBSERVATION:", "Hunk #1 FAILED", "-old line of text\n", "@@ -1,1 +1,1 @@\n", "<parameter="],
 )  # fmt: skip
-def test_two_megabytes_of_anything_take_no_quadratic_time(piece):
-    """A quadratic search over 2 MB takes minutes at best; the limit is loose for slow machines."""
-    text = piece * (2_000_000 // len(piece))
-    acts = [f"```bash\npatch {text}\n```", text, f"<function=bash><parameter=command>{text}"]
-    acts.append(f"```py\nfinal_answer('''{text}''')\n```")
+def test_no_text_takes_quadratic_time(piece):
+    """Linear work takes well under 2 s here; a quadratic pattern took 12 s on these actions."""
+    text = piece * (200_000 // len(piece))
+    actions = [f"```bash\npatch {text}\n```", text, f"<function=bash><parameter=command>{text}"]
+    actions.append(f"```py\nfinal_answer('''{text}''')\n```")
     messages = []
-    for act in acts:
-        messages.append(Message(role="assistant", kind="action", content=act))
-        messages.append(Message(role="user", kind="observation", content=text))
+    for action in actions:
+        messages.append(Message(role="assistant", kind="action", content=action))
+        messages.append(Message(role="user", kind="observation", content=text * 10))
     trajectory = Trajectory(
         trajectory_id="t", instance_id="i", format="messages", messages=tuple(messages)
     )
     started = time.process_time()
     RulesCritic().findings(trajectory)
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 8
 
 
 @pytest.mark.parametrize("name", FLOORS)
@@ -162,9 +162,9 @@ def test_a_critic_is_opened_by_name_and_a_wrong_name_or_option_is_explained():
     assert open_critic("rules", use_outcome=True).critic_id == "rules@1"
     with pytest.raises(ConfigError, match="critic 'oracle': expected one of rules, scripted"):
         open_critic("oracle")
-    with pytest.raises(ConfigError, match="unexpected keyword argument 'model'; it takes use_out"):
+    with pytest.raises(ConfigError, match=r"unexpected keyword argument 'model'; it takes use_out"):
         open_critic("rules", model="x")
-    with pytest.raises(ConfigError, match="missing a required .*argument: 'model'"):
+    with pytest.raises(ConfigError, match=r"missing a required .*argument: 'model'"):
         open_critic("scripted")
     assert set(CRITICS) >= {"rules", "scripted"}
     assert "srft_prep.critic.oracle" not in sys.modules

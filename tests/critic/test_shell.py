@@ -22,7 +22,7 @@ def effect(text):
     ],
 )
 def test_a_text_is_split_into_its_commands(text, words):
-    assert [command.words for command in parse(text) if command.words != ("$",)] == words
+    assert [command.words for command in parse(text)] == words
 
 
 def test_a_heredoc_belongs_to_its_command_and_its_text_is_no_command():
