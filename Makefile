@@ -57,7 +57,7 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 	@ls -1 $(QUICK)/shards/shard-*.parquet
 	@echo
 	@echo "Next:"
-	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-5"
+	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-9"
 	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
 	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
 	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, Labels)"

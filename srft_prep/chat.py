@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -92,10 +93,12 @@ def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
     from transformers import AutoTokenizer
 
     path = tokenizer_path(source)
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        raise ConfigError(f"--tokenizer {source}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # noqa: BLE001 - all that tokenizers raises is a bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"--tokenizer {source}: cannot be loaded: {reason}") from None
     if not getattr(tokenizer, "backend_tokenizer", None):
         raise ConfigError(f"--tokenizer {source}: has no tokenizer.json; a fast one is needed")
@@ -134,6 +137,10 @@ class LoadedTokenizer:
 
         self.spec = spec
         self.backend: Tokenizer = Tokenizer.from_str(spec.backend)
+        # What a tokenizer.json may ask for beside ids, and `apply_chat_template` does not do:
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.post_processor = None  # some move a token's start behind its spaces
         self.template = ChatTemplate(
             spec.template, variables=spec.variables, control_tokens=spec.control_tokens
         )
@@ -156,11 +163,11 @@ class LoadedTokenizer:
             for step, position in enumerate(actions):
                 yield self._conversation(messages[: position + 1], tools, {step: position})
             return
-        yield self._conversation(messages, tools, dict(enumerate(actions)))
-        if history == "auto" and (where := self.rewrites_history(trajectory, num_cuts=1)):
+        whole = self._conversation(messages, tools, dict(enumerate(actions)))
+        yield whole
+        if history == "auto" and (where := self.rewrites_history(trajectory, whole, num_cuts=2)):
             raise FormatError(
-                f"the chat template rewrites what came before {where}; use --history per-step "
-                "or full"
+                f"the chat template rewrites what was there {where}; use --history per-step or full"
             )
 
     def _conversation(
@@ -176,41 +183,42 @@ class LoadedTokenizer:
             ),
         )
 
-    def rewrites_history(self, trajectory: Trajectory, *, num_cuts: int) -> str | None:
-        """Return before which step a later message changes the rendering, None for nowhere.
+    def rewrites_history(
+        self, trajectory: Trajectory, whole: Conversation, *, num_cuts: int
+    ) -> str | None:
+        """Return up to where a later message changes the rendering, None for nowhere.
 
-        Compares the context that the model saw before a step with the start of the whole
-        rendering, at `num_cuts` steps spread over the trajectory, the last one included.
+        What the model saw at a step, and what it saw and wrote, must both be starts of the whole
+        rendering. Looks at `num_cuts` steps spread over the trajectory, the last and the first
+        included, and at the first step of which the whole rendering leaves out a field.
         """
         messages, indices = template_messages(trajectory)
         tools = template_tools(trajectory)
         actions = _actions(trajectory, indices)
-        whole = self.template.render(messages, tools).text
-        cuts = np.linspace(len(actions) - 1, 0, num=min(num_cuts, len(actions)), dtype=int)
-        for step in cuts.tolist():
-            seen = self.template.render(
-                messages[: actions[step]], tools, add_generation_prompt=True
-            ).text
-            if not whole.startswith(seen):
-                return f"step {step}"
+        text = whole.rendering.text
+        cuts = np.linspace(len(actions) - 1, 0, num=min(num_cuts, len(actions)), dtype=int).tolist()
+        incomplete = (step for step, _ in _left_out(trajectory, whole))
+        for step in dict.fromkeys([*cuts, *islice(incomplete, 1)]):
+            position = actions[step]
+            if position > 0:
+                seen = self.template.render(messages[:position], tools, add_generation_prompt=True)
+                if not text.startswith(seen.text):
+                    return f"before step {step}"
+            if position + 1 < len(messages):
+                wrote = self._conversation(messages[: position + 1], tools, {step: position})
+                if not text.startswith(wrote.rendering.text[: wrote.spans[0][2]]):
+                    return f"up to the end of step {step}"
         return None
 
     def dropped_fields(
         self, trajectory: Trajectory, conversations: Sequence[Conversation]
     ) -> Counter[str]:
         """Count the steps of which the template left out a field without a word."""
-        dropped: Counter[str] = Counter()
-        for conversation in conversations:
-            for step, start, end in conversation.spans:
-                action = trajectory.steps[step].action
-                text = conversation.rendering.text[start:end]
-                for name in ("content", "reasoning_content"):
-                    value = getattr(action, name)
-                    dropped[f"dropped_{name}"] += bool(value) and value.strip() not in text
-                dropped["dropped_tool_calls"] += (
-                    action.tool_calls is not None and _first_name(action.tool_calls) not in text
-                )
-        return +dropped
+        return Counter(
+            f"dropped_{name}"
+            for conversation in conversations
+            for _, name in _left_out(trajectory, conversation)
+        )
 
     def encode(self, conversations: Sequence[Conversation]) -> "list[Encoded]":
         """Return (ids, spans in tokens) of every conversation."""
@@ -273,6 +281,19 @@ class LoadedTokenizer:
 def _actions(trajectory: Trajectory, indices: Sequence[int]) -> list[int]:
     """Return which of the rendered messages are actions; `indices` is their place before."""
     return [i for i, index in enumerate(indices) if trajectory.messages[index].kind == "action"]
+
+
+def _left_out(trajectory: Trajectory, conversation: Conversation) -> Iterator[tuple[int, str]]:
+    """Yield (step, field) for every field of an action that is not in its rendering."""
+    for step, start, end in conversation.spans:
+        action = trajectory.steps[step].action
+        written = conversation.rendering.text[start:end]
+        if action.content and action.content.strip() not in written:
+            yield step, "content"
+        if action.reasoning_content and action.reasoning_content.strip() not in written:
+            yield step, "reasoning_content"
+        if action.tool_calls is not None and _first_name(action.tool_calls) not in written:
+            yield step, "tool_calls"
 
 
 def _with_spans(encoding: "Encoding", spans: tuple[tuple[int, int, int], ...]) -> "Encoded":

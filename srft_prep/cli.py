@@ -410,6 +410,10 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         status = 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"Error: {where}{error.strerror or error}", err=True)
+        status = 2
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -434,7 +438,8 @@ def _short(value: Any) -> str:
 
 
 def _command() -> list[str]:
-    return ["srft-prep", *sys.argv[1:]]
+    words = (os.fsencode(word).decode("utf-8", "backslashreplace") for word in sys.argv[1:])
+    return ["srft-prep", *words]
 
 
 def _read_text(path: Path) -> str:

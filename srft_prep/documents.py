@@ -66,6 +66,8 @@ def documents_of(
         overlong: `truncate` keeps the longest start that ends behind a step; `windows` makes as
             many documents as it takes to train every step once; otherwise no document is made.
     """
+    some = [i for i, (_, start, end) in enumerate(spans) if start < end]  # no token, no step
+    spans, weights = [spans[i] for i in some], [weights[i] for i in some]
     if num_tokens <= seq_len:
         ranges = [(0, num_tokens, range(len(spans)))]
     elif overlong == "truncate":
@@ -119,5 +121,5 @@ def _runs(
     return tuple(
         (spans[i][1] - start, spans[i][2] - spans[i][1], weights[i])
         for i in indices
-        if weights[i] > 0 and spans[i][2] > spans[i][1]
+        if weights[i] > 0
     )

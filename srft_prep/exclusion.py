@@ -63,7 +63,8 @@ def _names(text: str, path: Path) -> Iterable[str]:
         )
     except orjson.JSONDecodeError as error:
         raise ConfigError(f"{path}: expected a JSON list or JSONL: {error}") from None
-    names = [row if isinstance(row, str) else row.get("instance_id") for row in rows]
-    if not all(isinstance(name, str) for name in names):
+    given = [row.get("instance_id") if isinstance(row, dict) else row for row in rows]
+    names = [name for name in given if isinstance(name, str)]
+    if len(names) != len(given):
         raise ConfigError(f"{path}: expected strings or objects with instance_id")
     return names

@@ -8,6 +8,7 @@ lowest ranks of each outcome win, whatever the order of the files.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,10 +22,10 @@ import pyarrow.parquet as pq
 from srft_prep.config import IngestConfig
 from srft_prep.errors import ConfigError, FormatError
 from srft_prep.exclusion import Exclusion
-from srft_prep.outcomes import Outcomes, outcomes_in, read_outcomes
+from srft_prep.outcomes import Outcomes, outcomes_in, read_outcomes, report_files
 from srft_prep.progress import Progress, Silent
 from srft_prep.readers import reader_of
-from srft_prep.records import Record, discover, records
+from srft_prep.records import Record, discover, printable, records
 from srft_prep.storage import Manifest, StageWriter, atomic_path, write_table
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import Message, Trajectory
@@ -59,12 +60,14 @@ class _Seen:
 
     exclusion: Exclusion
     hashes: set[str] = field(default_factory=set)
-    ids: Counter[str] = field(default_factory=Counter)
+    ids: set[str] = field(default_factory=set)
+    copies: Counter[str] = field(default_factory=Counter)
+    """How many trajectories of an id are known to be taken."""
     per_instance: Counter[str] = field(default_factory=Counter)
 
     def add(self, *, trajectory_id: str, instance_id: str, content_hash: str) -> None:
         self.hashes.add(content_hash)
-        self.ids[trajectory_id] += 1
+        self.ids.add(trajectory_id)
         self.per_instance[instance_id] += 1
 
 
@@ -86,7 +89,7 @@ def ingest(
     Raises:
         ConfigError: a source or report does not exist, or the output cannot be written to.
     """
-    files = discover(sources)
+    files = _outside(output, discover(sources))
     found = read_outcomes(outcomes, sources=files)
     inputs = [_describe_sources(files, sources), *_describe_outcomes(outcomes)]
     with StageWriter.open(
@@ -98,14 +101,29 @@ def ingest(
         folder.mkdir(exist_ok=True)
         entries = _convert(files, folder, config, writer, found, progress or Silent())
         counts = _total(entry["counts"] for entry in entries)
+        counts["outcome_files_damaged"] = found.num_damaged_files
         names = [entry["name"] for entry in entries if entry["name"]]
         if config.sample:
             names = _draw_sample(folder, names, output, config, counts)
         counts |= _describe_parts([output / name for name in names])
         with atomic_path(output / REJECTED) as temporary, temporary.open("wb") as file:
-            for entry in entries:
-                file.writelines(orjson.dumps(line) + b"\n" for line in entry["rejected"])
+            for number in range(len(entries)):
+                rejected = (writer.entry(f"ingest-{number:05d}") or {})["rejected"]
+                file.writelines(orjson.dumps(line) + b"\n" for line in rejected)
         return writer.finish(counts=counts, names=[*names, REJECTED], command=command or [])
+
+
+def _outside(output: Path, files: list[Path]) -> list[Path]:
+    """Return the files but those of the output: a rerun must not read what it wrote.
+
+    Raises:
+        ConfigError: all files are the output's own.
+    """
+    own = output.absolute()
+    kept = [path for path in files if own not in path.absolute().parents]
+    if not kept:
+        raise ConfigError(f"{output}: expected runs to read, but this is the directory to write")
+    return kept
 
 
 def _convert(
@@ -116,12 +134,15 @@ def _convert(
     outcomes: Outcomes,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Write all parts that are not there yet and return the journal's entries."""
+    """Write all parts that are not there yet and return the journal's entries.
+
+    The rejected records of an entry stay in the journal: a large folder may be full of them.
+    """
     entries: list[dict[str, Any]] = []
     seen = _Seen(exclusion=Exclusion(config.exclude))
     cursor = (0, 0)
     while (entry := writer.entry(f"ingest-{len(entries):05d}")) is not None:
-        entries.append(entry)
+        entries.append(entry | {"rejected": None})
         cursor = (entry["next_file"], entry["next_record"])
         if entry["name"]:
             _remember(folder / entry["name"], seen)
@@ -150,8 +171,8 @@ def _records_from(
 ) -> Iterator[tuple[tuple[int, int], Record]]:
     for file_index in range(cursor[0], len(files)):
         start = cursor[1] if file_index == cursor[0] else 0
-        for offset, record in enumerate(records(files[file_index], start=start)):
-            yield (file_index, start + offset), record
+        for record in records(files[file_index], start=start):
+            yield (file_index, record.position), record
 
 
 def _take(
@@ -223,11 +244,10 @@ def _with_system_prompt(trajectory: Trajectory, text: str) -> Trajectory:
 
 
 def _with_unique_id(trajectory: Trajectory, seen: _Seen) -> Trajectory:
-    unique = trajectory.trajectory_id
-    number = 1
+    name = unique = trajectory.trajectory_id
     while unique in seen.ids:
-        number += 1
-        unique = f"{trajectory.trajectory_id}~{number}"
+        seen.copies[name] += 1
+        unique = f"{name}~{seen.copies[name] + 1}"
     return replace(trajectory, trajectory_id=unique)
 
 
@@ -261,7 +281,7 @@ def _commit(
         "last": last,
     }
     writer.record(f"ingest-{number:05d}", entry)
-    return entry
+    return entry | {"rejected": None}
 
 
 def _remember(part: Path, seen: _Seen) -> None:
@@ -275,11 +295,9 @@ def _draw_sample(
 ) -> list[str]:
     """Copy the sampled rows of the converted parts to the output; return the new parts' names."""
     wanted = config.sample or {}
-    if not names:
-        return []
-    rows = pl.read_parquet(
-        [folder / name for name in names], columns=["trajectory_id", "content_hash", "resolved"]
-    )
+    columns = {"trajectory_id": pl.String, "content_hash": pl.String, "resolved": pl.Boolean}
+    parts = [folder / name for name in names]
+    rows = pl.read_parquet(parts, columns=list(columns)) if parts else pl.DataFrame(schema=columns)
     chosen: set[str] = set()
     for outcome, word in OUTCOMES.items():
         of_outcome = rows.filter(pl.col("resolved").eq_missing(outcome))
@@ -308,15 +326,21 @@ def _rank(seed: int, content_hash: str, trajectory_id: str) -> tuple[str, str]:
 
 
 def _describe_sources(files: list[Path], sources: Sequence[str]) -> dict[str, Any]:
+    """Return how a manifest names raw files: by content, and by place below their common folder.
+
+    The place counts because ids and outcomes depend on it; where the whole lies does not.
+    """
     digest = hashlib.sha256()
     size = 0
+    common = os.path.commonpath([path.absolute().parent for path in files])
     for path in files:
+        digest.update(os.fsencode(path.absolute().relative_to(common)) + b"\0")
         if path.is_file():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
             size += path.stat().st_size
     return {
-        "path": list(sources),
+        "path": [printable(source) for source in sources],
         "files": len(files),
         "bytes": size,
         "sha256": digest.hexdigest(),
@@ -324,7 +348,7 @@ def _describe_sources(files: list[Path], sources: Sequence[str]) -> dict[str, An
 
 
 def _describe_outcomes(paths: Sequence[str]) -> list[dict[str, Any]]:
-    return [{"role": "outcomes", **_describe_sources(discover([path]), [path])} for path in paths]
+    return [{"role": "outcomes", **_describe_sources(report_files(path), [path])} for path in paths]
 
 
 def _total(counts: Iterable[dict[str, int]]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from srft_prep.storage import (
     read_manifest,
 )
 from srft_prep.trajectories import read_trajectories
+from srft_prep.types import LABELS as LABEL_NAMES
 from srft_prep.types import Trajectory
 
 LABELS_FILE: Final = "labels.parquet"
@@ -58,7 +59,7 @@ def label(
         ConfigError: the output cannot be written to.
         BackendError: the critic cannot work at all.
     """
-    source = read_manifest(trajectories, stage="ingest")
+    source = read_manifest(trajectories, stage="ingest").checked()
     progress = progress or Silent()
     with (
         StageWriter.open(
@@ -90,7 +91,8 @@ def label(
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
     """Return how many trajectories a run would look at, for a progress bar's total."""
-    return sum(1 for _ in _selected_keys(read_manifest(trajectories, stage="ingest"), config))
+    source = read_manifest(trajectories, stage="ingest").checked()
+    return sum(1 for _ in _selected_keys(source, config))
 
 
 def wanted(resolved: bool | None, only: Only) -> bool:
@@ -141,11 +143,17 @@ def _missing(
 
 def _checked(reply: CriticReply) -> CriticReply:
     """Return the reply, or a failure where its labels are not exactly those asked for."""
+    if reply.failure is not None:
+        return replace(reply, labels=())
     got = [step_label.step_index for step_label in reply.labels]
-    if reply.failure is None and sorted(got) != sorted(reply.request.steps):
+    unknown = {step_label.label for step_label in reply.labels}.difference(LABEL_NAMES)
+    if sorted(got) != sorted(reply.request.steps):
         reason = f"expected one label for each of {len(reply.request.steps)} steps, got {got}"
-        return replace(reply, labels=(), failure=reason)
-    return reply
+    elif unknown:
+        reason = f"expected labels {', '.join(LABEL_NAMES)}, got {', '.join(sorted(unknown))}"
+    else:
+        return reply
+    return replace(reply, labels=(), failure=reason)
 
 
 def _write_tables(
@@ -181,10 +189,23 @@ def _write_tables(
 def _entries(
     source: Manifest, config: LabelConfig, ledger: Ledger
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (trajectory_id, ledger entry) of the trajectories of a run, in order.
+
+    A copy of an earlier trajectory has its labels, at no cost: nothing was asked for it. One that
+    the critic gave no reply to has a failure that is not in the ledger.
+    """
+    paid = set()
     for name, content_hash in _selected_keys(source, config):
-        entry = ledger.get((content_hash, config.critic_id, config.prompt_hash, WHOLE))
-        if entry is not None:
-            yield name, entry
+        key = (content_hash, config.critic_id, config.prompt_hash, WHOLE)
+        entry = ledger.get(key)
+        if entry is None:
+            unanswered = {"part": WHOLE, "labels": [], "failure": "the critic gave no reply"}
+            yield name, {**unanswered, **dict.fromkeys(USAGE, 0)}
+        elif content_hash in paid:
+            yield name, {**entry, **dict.fromkeys(USAGE, 0)}
+        else:
+            paid.add(content_hash)
+            yield name, {**entry, **ledger.spent(key)}
 
 
 def _label_rows(trajectory_id: str, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from srft_prep.errors import ConfigError
-from srft_prep.records import discover, records
+from srft_prep.readers import Origin
+from srft_prep.records import Record, discover, records
 
 _TABLE_KEYS: Final = {"instance_id", "trajectory_id", "traj_id", "run_id", "model", "resolved"}
+_REPORT_KEYS: Final = {"tests_status", "patch_exists"}
+_UNKNOWN: Final = ("", "none", "null", "nan", "unknown")
 _RUN_SUFFIXES: Final = (".traj", ".traj.json", ".parquet")
 _RUN_KEYS: Final = {"messages", "trajectory", "history", "conversations"}
 
@@ -44,6 +47,8 @@ class Outcomes:
     by_trajectory: dict[str, bool] = field(default_factory=dict)
     run_folders: frozenset[str] = frozenset()
     """Folder names that occur on the paths of the sources."""
+    num_damaged_files: int = 0
+    """Files of a folder that could not be read to their end, and might have been reports."""
 
     def find(self, *, instance_id: str, trajectory_id: str, path: Path) -> set[bool]:
         """Return what the nearest reports say of the run of an instance in the file at `path`.
@@ -71,18 +76,18 @@ class Outcomes:
 def read_outcomes(paths: Iterable[str], *, sources: Iterable[Path]) -> Outcomes:
     """Return the outcomes of all report files under `paths`, to be joined to runs of `sources`.
 
-    In a folder only files that look like reports are read; a file given by name must be one.
+    In a folder only files that look like reports are read; a file given by name must be one, to
+    its last line.
 
     Raises:
-        ConfigError: a path does not exist, or a file given by name holds no outcomes.
+        ConfigError: a path does not exist or holds no outcomes, or a line of a file given by name
+            cannot be read.
     """
     folders = {part for source in sources for part in source.absolute().parent.parts}
     outcomes = Outcomes(run_folders=frozenset(folders))
     for given in paths:
         named = Path(given).is_file()
-        files = [Path(given)] if named else _report_files(given)
-        found = sum(_add_file(outcomes, file, named=named) for file in files if file.is_file())
-        if not found:
+        if not sum(_add_file(outcomes, file, named=named) for file in report_files(given)):
             raise ConfigError(
                 f"{given}: no outcomes found: expected a SWE-bench report.json, a run summary "
                 "with resolved_ids, a folder of them, or CSV/JSONL with instance_id,resolved"
@@ -90,18 +95,32 @@ def read_outcomes(paths: Iterable[str], *, sources: Iterable[Path]) -> Outcomes:
     return outcomes
 
 
-def _report_files(folder: str) -> list[Path]:
-    files = [path for path in discover([folder]) if not path.name.endswith(_RUN_SUFFIXES)]
-    return files + sorted(Path(folder).rglob("*.csv"))
+def report_files(given: str) -> list[Path]:
+    """Return the files that are looked at for outcomes: a file itself, or those of a folder.
+
+    Raises:
+        ConfigError: the path does not exist.
+    """
+    if Path(given).is_file():
+        return [Path(given)]
+    files = [path for path in discover([given]) if not path.name.endswith(_RUN_SUFFIXES)]
+    return [path for path in (*files, *sorted(Path(given).rglob("*.csv"))) if path.is_file()]
 
 
 def _add_file(outcomes: Outcomes, path: Path, *, named: bool) -> int:
     found = 0
-    rows = _csv_rows(path) if path.suffix == ".csv" else (record.value for record in records(path))
-    for value in rows:
+    parts = frozenset(path.absolute().parent.parts)
+    for record in _csv_rows(path) if path.suffix == ".csv" else records(path):
+        value = record.value
+        if record.error is not None:
+            if named:
+                raise ConfigError(f"{record.origin}: {record.error}")
+            outcomes.num_damaged_files += 1
+            break
+        if named:
+            _refuse_unclear(value, record)
         pairs = outcomes_in(value, path=path, named=named)
         run_id = path.stem.rpartition(".")[2] if _is_summary(value) else None
-        parts = frozenset(path.absolute().parent.parts)
         for key, resolved in pairs or ():
             found += 1
             if isinstance(value, dict) and _trajectory_key(value) == key:
@@ -112,6 +131,12 @@ def _add_file(outcomes: Outcomes, path: Path, *, named: bool) -> int:
         if pairs is None and not named:
             break  # the first record shows that this file is no report
     return found
+
+
+def _refuse_unclear(value: Any, record: Record) -> None:
+    word = value.get("resolved") if isinstance(value, dict) else None
+    if isinstance(word, str) and word.lower() not in _UNKNOWN and truth(word) is None:
+        raise ConfigError(f"{record.origin}: resolved: expected true or false, got {word[:40]!r}")
 
 
 def outcomes_in(value: Any, *, path: Path, named: bool = False) -> list[tuple[str, bool]] | None:
@@ -125,10 +150,12 @@ def outcomes_in(value: Any, *, path: Path, named: bool = False) -> list[tuple[st
         return list(_summary_pairs(value))
     resolved = truth(value.get("resolved"))
     if isinstance(value.get("resolved"), bool | int | str) and (
-        named or value.keys() <= _TABLE_KEYS or "tests_status" in value or "patch_exists" in value
+        named or value.keys() <= _TABLE_KEYS or value.keys() & _REPORT_KEYS
     ):
-        key = _trajectory_key(value) or value.get("instance_id") or path.parent.name
-        return [(str(key), resolved)] if resolved is not None else []
+        key = _trajectory_key(value) or value.get("instance_id")
+        if not key and not value.keys() & _REPORT_KEYS:
+            return None
+        return [(str(key or path.parent.name), resolved)] if resolved is not None else []
     nested = [
         (str(key), inner["resolved"])
         for key, inner in value.items()
@@ -167,9 +194,14 @@ def _trajectory_key(value: dict[str, Any]) -> str | None:
     return key if isinstance(key, str) else None
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path) -> Iterator[Record]:
+    line = 1
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            yield from csv.DictReader(file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: expected CSV in UTF-8: {error}") from None
+            rows = csv.DictReader(file)
+            for row in rows:
+                line = rows.line_num
+                yield Record(origin=Origin(path=path, line=line), value=row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = f"expected CSV in UTF-8: {error}"
+        yield Record(origin=Origin(path=path, line=line), error=reason)

@@ -1,10 +1,10 @@
 """Which documents share a packed sequence: global best-fit decreasing.
 
 Longest first, each document goes to the fullest sequence that still has room (the classic bound:
-at most 11/9 of the optimum plus a constant; on agent trajectories, whose lengths are many and
-small against the capacity, within a percent of the lower bound). The sequences are kept by free
-room, and one big integer has bit r set where some sequence has room r, so that "the smallest room
->= n" is one shift and one bit trick. Cost: about 2 us a document at a capacity of 32,768.
+at most 11/9 of the optimum plus a constant; on the lengths of agent trajectories within half a
+percent of Martello and Toth's lower bound, see `benchmarks/packing.py`). The sequences are kept by
+free room, and one big integer has bit r set where some sequence has room r, so that "the smallest
+room >= n" is one shift and one bit trick. Cost: about 2 us a document at a capacity of 32,768.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = lengths[index]
         if not 0 < length <= capacity:
-            raise ShardError(f"document {index} of {length} tokens does not fit into {capacity}")
+            raise ShardError(f"document {index}: expected 1 to {capacity} tokens, got {length}")
         fitting = rooms >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1

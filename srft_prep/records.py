@@ -1,23 +1,27 @@
 """Raw files -> raw records, streamed: JSON, JSONL, Parquet, plain or gzip or zstd.
 
 A file's kind is read off its bytes, not its name. A record that cannot be parsed comes out as a
-record with an `error`, and the file goes on behind it; nothing here raises for bad data. Records
-are counted, so that an interrupted ingest can go on at the n-th record of a file.
+record with an `error`, and the file goes on behind it; nothing here raises for bad data. Every
+record knows its position, so that an interrupted ingest can go on at any of them.
 """
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import orjson
 
 from srft_prep.errors import ConfigError
 from srft_prep.readers import Origin, describe, recognised
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 MAX_RECORD_BYTES: Final = 512 << 20
 """Largest record that is read, decompressed; a larger one is rejected (a bomb, or no record)."""
@@ -26,6 +30,11 @@ SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".traj", ".parquet")
 """Endings of the files that are taken from a folder, also with `.gz` or `.zst` behind them."""
 
 PARQUET_BATCH_ROWS: Final = 32
+_PIECE_KEYS: Final = frozenset({"role", "from", "action", "observation"})
+"""Keys of messages and events, which no run has at its top."""
+
+ZSTD_CHUNK_BYTES: Final = 4096
+"""Compressed bytes that are decompressed at a time: never to more than 128 MiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +42,8 @@ class Record:
     """One raw record, or the place where one should have been."""
 
     origin: Origin
+    position: int = 0
+    """0-based place in the file: `records(path, start=position)` begins with this record."""
     value: Any = None
     error: str | None = None
     """Why there is no value."""
@@ -41,7 +52,8 @@ class Record:
 def discover(sources: Sequence[str]) -> list[Path]:
     """Return the files named by paths, folders and globs, each once, in a stable order.
 
-    A folder without any file of a known ending stays in the list as itself: `records` rejects it.
+    A folder without any file of a known ending stays in the list as itself, and so does what looks
+    like a file and cannot be read (a broken link, a pipe): `records` rejects it.
 
     Raises:
         ConfigError: a path does not exist, or a glob matches nothing.
@@ -49,7 +61,7 @@ def discover(sources: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(source)
-        if path.exists():
+        if path.exists() or path.is_symlink():
             matches = [path]
         elif has_magic(source):
             matches = [Path(match) for match in sorted(glob(source, recursive=True))]
@@ -68,70 +80,118 @@ def _files_in(folder: Path) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
-        and path.is_file()
+        and not path.is_dir()
     ]
     return files or [folder]
 
 
 def records(path: Path, *, start: int = 0) -> Iterator[Record]:
-    """Yield the records of one file from the `start`-th on; unreadable ones carry an `error`."""
-    origin = Origin(path=path)
+    """Yield the records of one file from position `start` on; unreadable ones carry an `error`."""
+    for record in _records(path, Origin(path=Path(printable(path))), start):
+        if record.position >= start:
+            yield record
+
+
+def printable(path: str | Path) -> str:
+    r"""Return a path as text that can be written as UTF-8: other bytes of it become `\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _records(path: Path, origin: Origin, start: int) -> Iterator[Record]:
+    """Yield all records of a file; those before `start` may be left out."""
     if path.is_dir():
         endings = ", ".join(SUFFIXES)
-        yield from _bad(origin, f"no file with runs in this folder (looked for {endings})", start)
+        reason = f"no file with runs in this folder (looked for {endings})"
+        yield Record(origin=origin, error=reason)
+        return
+    if path.exists() and not path.is_file():
+        yield Record(origin=origin, error="a pipe, socket or device; give a regular file")
         return
     try:
         with path.open("rb") as raw:
             magic = raw.read(4)
             raw.seek(0)
             if not magic:
-                yield from _bad(origin, "empty file", start)
+                yield Record(origin=origin, error="empty file")
             elif magic == b"PAR1":
-                yield from _parquet_rows(path, start=start)
+                yield from _parquet_rows(path, origin, start)
             else:
-                yield from _json_records(path, _decompressed(raw, magic), start=start)
+                yield from _json_records(_decompressed(raw, magic), origin, start)
     except OSError as error:
-        yield from _bad(origin, f"cannot be read: {error.strerror or error}", 0)
-
-
-def _bad(origin: Origin, reason: str, start: int) -> Iterator[Record]:
-    if start == 0:
-        yield Record(origin=origin, error=reason)
+        yield Record(origin=origin, error=f"cannot be read: {error.strerror or error}")
 
 
 def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
     if magic[:2] == b"\x1f\x8b":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if magic == b"\x28\xb5\x2f\xfd":
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(reader, buffer_size=1 << 20))
+        return io.BufferedReader(_ZstdStream(raw), buffer_size=1 << 17)
     return raw
 
 
-def _json_records(path: Path, stream: BinaryIO, *, start: int) -> Iterator[Record]:
+class _ZstdStream(io.RawIOBase):
+    """Frames of zstd, decompressed; unlike zstandard's own reader it raises where one is cut."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        while not self._output:
+            chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
+            chunk = chunk or self._raw.read(ZSTD_CHUNK_BYTES)
+            if not chunk:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the last zstd frame is cut short")
+                return 0
+            self._output = memoryview(self._decompress(chunk))
+        view = memoryview(buffer)
+        size = min(len(view), len(self._output))
+        view[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+    def _decompress(self, chunk: bytes) -> bytes:
+        from zstandard import ZstdDecompressor, ZstdError
+
+        if self._frame is None or self._frame.eof:
+            self._frame = ZstdDecompressor().decompressobj()
+        try:
+            output: bytes = self._frame.decompress(chunk)
+        except ZstdError as error:
+            raise EOFError(str(error)) from None
+        return output
+
+
+def _json_records(stream: BinaryIO, origin: Origin, start: int) -> Iterator[Record]:
     """Yield from a stream that is JSONL or one JSON document.
 
-    The first line decides: if it is a whole JSON object, or the name says so, the file is JSONL.
+    It is JSONL if its name says so, or if its first line is a whole JSON object and not all of it.
     """
-    from zstandard import ZstdError
-
     number = 0
+    name = origin.path.name.removesuffix(".gz").removesuffix(".zst")
     try:
         first = stream.readline(MAX_RECORD_BYTES + 1)
-        if _is_object(first) or path.name.removesuffix(".gz").removesuffix(".zst").endswith(
-            ("jsonl", "ndjson")
-        ):
+        if name.endswith(("jsonl", "ndjson")) or (_is_object(first) and not _at_end(stream)):
+            blank = True
             for number, line in enumerate(_lines(first, stream), start=1):
-                if number > start:
-                    yield from _line_record(Origin(path=path, line=number), line)
+                if not line.isspace():
+                    blank = False
+                    if number > start:
+                        yield _line_record(origin.path, number, line)
+            if blank:
+                yield Record(origin=origin, error="nothing but blank lines")
         else:
             text = first + stream.read(MAX_RECORD_BYTES + 1 - len(first))
-            yield from _document(path, text, start=start)
-    except (EOFError, gzip.BadGzipFile, zlib.error, ZstdError) as error:
-        origin = Origin(path=path, line=number + 1 if number else None)
-        yield Record(origin=origin, error=f"compressed data broken off or damaged: {error}")
+            yield from _document(text, origin, start)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        place = Origin(path=origin.path, line=number + 1 if number else None)
+        reason = f"compressed data is cut short or damaged from here on: {error}"
+        yield Record(origin=place, position=number, error=reason)
 
 
 def _is_object(line: bytes) -> bool:
@@ -144,6 +204,13 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
+def _at_end(stream: BinaryIO) -> bool:
+    try:
+        return not cast(io.BufferedReader, stream).peek(64).strip()
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return False  # reading on meets the damage again
+
+
 def _lines(first: bytes, stream: BinaryIO) -> Iterator[bytes]:
     line = first.removeprefix(b"\xef\xbb\xbf")
     while line:
@@ -153,61 +220,99 @@ def _lines(first: bytes, stream: BinaryIO) -> Iterator[bytes]:
         line = stream.readline(MAX_RECORD_BYTES + 1)
 
 
-def _line_record(origin: Origin, line: bytes) -> Iterator[Record]:
-    if line.isspace():
-        return
+def _line_record(path: Path, number: int, line: bytes) -> Record:
+    origin = Origin(path=path, line=number)
     if len(line) > MAX_RECORD_BYTES:
-        yield Record(origin=origin, error=f"line longer than {MAX_RECORD_BYTES >> 20} MiB")
-        return
+        reason = f"line longer than {MAX_RECORD_BYTES >> 20} MiB"
+        return Record(origin=origin, position=number - 1, error=reason)
     try:
-        yield Record(origin=origin, value=orjson.loads(line))
+        return Record(origin=origin, position=number - 1, value=orjson.loads(line))
     except orjson.JSONDecodeError as error:
-        yield Record(origin=origin, error=f"not JSON: {error}")
+        reason = f"not JSON: {_syntax(error)} at column {error.colno}"
+        return Record(origin=origin, position=number - 1, error=reason)
 
 
-def _document(path: Path, text: bytes, *, start: int) -> Iterator[Record]:
+def _syntax(error: orjson.JSONDecodeError) -> str:
+    """Return what orjson found, in words that speak of the file."""
+    if "UTF-8" in error.msg:
+        return "bytes that are no UTF-8 text"
+    if "surrogate" in error.msg:
+        return f"half of a surrogate pair ({error.msg})"
+    return error.msg
+
+
+def _document(text: bytes, origin: Origin, start: int) -> Iterator[Record]:
     """Yield one record for a document that is a run, one an element for a list of runs."""
-    origin = Origin(path=path)
     if len(text) > MAX_RECORD_BYTES:
-        yield from _bad(origin, f"document larger than {MAX_RECORD_BYTES >> 20} MiB", start)
+        reason = f"document larger than {MAX_RECORD_BYTES >> 20} MiB"
+        yield Record(origin=origin, error=reason)
         return
     try:
         value = orjson.loads(text.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
-        lines = text.splitlines(keepends=True)
+        lines = text.removesuffix(b"\n").split(b"\n")
         if any(map(_is_object, lines[1:])):  # JSONL under another name, its first line broken
             for number, line in enumerate(lines[start:], start=start + 1):
-                yield from _line_record(Origin(path=path, line=number), line)
+                if line and not line.isspace():
+                    yield _line_record(origin.path, number, line)
         else:
-            yield from _bad(origin, f"not JSON: {error}", start)
+            kind = "neither Parquet nor JSON" if origin.path.suffix == ".parquet" else "not JSON"
+            where = f"line {error.lineno}, column {error.colno}"
+            yield Record(origin=origin, error=f"{kind}: {_syntax(error)} at {where}")
         return
-    if not isinstance(value, list) or recognised(value):
-        if start == 0:
-            yield Record(origin=origin, value=value)
+    if not isinstance(value, list) or recognised(value) or _is_one_run(value):
+        yield Record(origin=origin, value=value)
     elif not value:
-        yield from _bad(origin, f"no trajectory: {describe(value)}", start)
+        yield Record(origin=origin, error=f"no trajectory: {describe(value)}")
     else:
         for number, element in enumerate(value, start=1):
-            if number > start:
-                yield Record(origin=Origin(path=path, line=number), value=element)
+            place = Origin(path=origin.path, line=number)
+            yield Record(origin=place, position=number - 1, value=element)
 
 
-def _parquet_rows(path: Path, *, start: int) -> Iterator[Record]:
+def _is_one_run(elements: list[Any]) -> bool:
+    """Return whether a list that no format knows is a broken run, rather than a list of runs."""
+    pieces = sum(isinstance(each, dict) and not _PIECE_KEYS.isdisjoint(each) for each in elements)
+    return 2 * pieces > len(elements)
+
+
+def _parquet_rows(path: Path, origin: Origin, start: int) -> Iterator[Record]:
+    """Yield the rows of a Parquet file; a damaged row group is one record with an error."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    first = row = 0
+    broken = (pa.ArrowException, OSError, ValueError, OverflowError)
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                if number + batch.num_rows <= start:
-                    number += batch.num_rows
-                    continue
-                for row in batch.to_pylist():
-                    number += 1
-                    if number > start:
-                        yield Record(origin=Origin(path=path, line=number), value=row)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        origin = Origin(path=path, line=number + 1 if number else None)
-        yield Record(origin=origin, error=f"damaged Parquet file: {reason}")
+        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+    except broken as error:
+        yield Record(origin=origin, error=_damaged(error))
+        return
+    with file:
+        for group in range(file.num_row_groups):
+            end = first + file.metadata.row_group(group).num_rows
+            row = first
+            try:
+                batches = file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group])
+                for batch in batches if end > start else ():
+                    for index in range(batch.num_rows):
+                        yield _row_record(origin.path, row, batch, index)
+                        row += 1
+            except broken as error:
+                place = Origin(path=origin.path, line=row + 1)
+                lost = f"; rows {row + 1} to {end} are lost"
+                yield Record(origin=place, position=row, error=_damaged(error) + lost)
+            first = end
+
+
+def _row_record(path: Path, row: int, batch: Any, index: int) -> Record:
+    origin = Origin(path=path, line=row + 1)
+    try:
+        value = batch.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return Record(origin=origin, position=row, error=f"row cannot be read: {error}")
+    return Record(origin=origin, position=row, value=value)
+
+
+def _damaged(error: Exception) -> str:
+    return f"damaged Parquet file: {(str(error).splitlines() or [type(error).__name__])[0]}"

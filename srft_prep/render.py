@@ -30,6 +30,11 @@ from srft_prep.types import CHAT_ROLES, Trajectory
 
 _PRIVATE_USE: Final = range(0xF0000, 0xFFFFE)
 _MARK_FUNCTION: Final = "srft_prep_mark"
+_REFUSALS: Final = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    RecursionError,  # arguments nested too deeply
+)
+"""What a template may raise on a conversation that it cannot render."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +93,19 @@ class ChatTemplate:
         Raises:
             FormatError: the template refuses the conversation (a role that it does not know, say).
         """
-        mark, start_forged, end_forged = _unused_characters(messages, tools)
-        wrapped = f"{start_forged}\\g<0>{end_forged}"
-        marked = [_wrap(message, self.control_tokens, wrapped) for message in messages]
-        index_of = {id(message): index for index, message in enumerate(marked)}
         order: list[int] = []
-
-        def note(message: object) -> str:
-            order.append(index_of.get(id(message), -1))
-            return mark
-
         try:
+            mark, start_forged, end_forged = _unused_characters(messages, tools)
+            wrapped = f"{start_forged}\\g<0>{end_forged}"
+            marked = [
+                _wrap(_with_thinking(message), self.control_tokens, wrapped) for message in messages
+            ]
+            index_of = {id(message): index for index, message in enumerate(marked)}
+
+            def note(message: object) -> str:
+                order.append(index_of.get(id(message), -1))
+                return mark
+
             text = self._template.render(
                 **self._variables,
                 messages=marked,
@@ -107,7 +114,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{_MARK_FUNCTION: note},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except _REFUSALS as error:
             raise FormatError(f"the chat template refuses the conversation: {error}") from None
         return _unmark(text, mark, start_forged, end_forged, order)
 
@@ -219,11 +226,24 @@ def _strings(value: Any) -> list[str]:
     return []
 
 
+def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message with its thoughts under the second name, too, as `apply_chat_template` does.
+
+    Templates of gpt-oss and LFM2 read them as `thinking`.
+    """
+    if "reasoning_content" not in message:
+        return message
+    return {"thinking": message["reasoning_content"], **message}
+
+
 def _wrap(value: Any, pattern: re.Pattern[str], replacement: str) -> Any:
     if isinstance(value, str):
         return pattern.sub(replacement, value)
     if isinstance(value, dict):
-        return {key: _wrap(item, pattern, replacement) for key, item in value.items()}
+        return {
+            pattern.sub(replacement, key): _wrap(item, pattern, replacement)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
         return [_wrap(item, pattern, replacement) for item in value]
     return value
@@ -262,10 +282,10 @@ def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)  # not orjson, which turns long integers into floats
+            if isinstance(parsed, dict) and _is_encodable(parsed):
+                return {**call, "function": {**function, "arguments": parsed}}
         except (ValueError, RecursionError):
             return call
-        if isinstance(parsed, dict) and _is_encodable(parsed):
-            return {**call, "function": {**function, "arguments": parsed}}
     return call
 
 

@@ -8,6 +8,7 @@ a trajectory. The same inputs and settings give the same bytes.
 """
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import SHARDS
 from srft_prep.storage import Manifest, StageWriter, read_manifest, write_table
 from srft_prep.types import LABELS
-from srft_prep.weights import RECIPES, StepJudgement, step_weights
+from srft_prep.weights import RECIPES, StepJudgement, is_distribution, step_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +71,7 @@ def pack(
             `soft` needs are missing, or the recipe leaves nothing to train on.
         LabelError: labels do not fit the tokens.
     """
-    source = read_manifest(tokens, stage="tokenize")
+    source = read_manifest(tokens, stage="tokenize").checked()
     recipe = RECIPES[config.recipe]
     inputs = [source.as_input()]
     judgements: dict[str, _Judged] = {}
@@ -79,7 +80,7 @@ def pack(
             raise ConfigError(
                 f"--recipe {config.recipe} weights steps by labels: give --labels DIR"
             )
-        label_source = read_manifest(labels, stage="label")
+        label_source = read_manifest(labels, stage="label").checked()
         inputs.append(label_source.as_input())
         judgements = _read_labels(label_source, soft=config.soft)
     plan = _decide(source, judgements, config)
@@ -132,18 +133,24 @@ def _read_labels(source: Manifest, *, soft: bool) -> dict[str, _Judged]:
         raise LabelError(
             f"{source.path}: expected labels {', '.join(LABELS)}, got {sorted(unknown)[0]!r}"
         )
-    if soft and rows.height and rows["p_harmful"].null_count() == rows.height:
+    if soft and rows.height and not rows.drop_nulls(columns[-3:]).height:
         raise ConfigError(
-            f"--soft: the labels of {source.path} carry no probabilities; this critic gives none"
+            f"--soft: the labels of {source.path} carry no probabilities; leave --soft out, or "
+            "label with a critic that measures them"
         )
     judged: dict[str, _Judged] = {}
     for trajectory_id, content_hash, step, label, *probabilities in rows.iter_rows():
         of_trajectory = judged.setdefault(
             trajectory_id, _Judged(content_hash=content_hash, by_step={})
         )
+        where = f"{source.path}: {trajectory_id}: step {step}"
         if step in of_trajectory.by_step:
-            raise LabelError(f"{source.path}: {trajectory_id}: step {step} has two labels")
+            raise LabelError(f"{where} has two labels; run label again")
+        if of_trajectory.content_hash != content_hash:
+            raise LabelError(f"{where} was labelled in another version than the steps before")
         complete = None not in probabilities
+        if soft and complete and not is_distribution(probabilities):
+            raise LabelError(f"{where}: expected probabilities that sum to 1, got {probabilities}")
         of_trajectory.by_step[step] = StepJudgement(
             label=label, probabilities=tuple(probabilities) if complete else None
         )
@@ -162,7 +169,10 @@ def _decide(source: Manifest, judgements: dict[str, _Judged], config: PackConfig
             weights = _weights_of(
                 trajectory_id, resolved, content_hash, spans, judgements, plan, config
             )
-            if weights is None or num_tokens == 0:
+            if weights is None:
+                continue
+            if num_tokens == 0:
+                plan.counts["empty"] += 1
                 continue
             cut = documents_of(
                 len(plan.places),
@@ -228,6 +238,9 @@ def _weights_of(
         if config.missing_label == "drop":
             return None
     present = [by_step[step] for step, _, _ in spans if step in by_step]
+    if config.soft:
+        hard = sum(judgement.probabilities is None for judgement in present)
+        plan.counts["steps_without_probabilities"] += hard
     known = iter(
         step_weights(
             treatment,
@@ -366,16 +379,19 @@ def _labels_of(ids: "NDArray[np.int32]", runs: list[Run]) -> "NDArray[np.int32]"
 
 
 def _totals(plan: _Plan, num_packs: int, config: PackConfig) -> dict[str, Any]:
-    """Return the numbers that a trainer plans with; `sum_weights` is the loss's denominator."""
+    """Return the numbers that a trainer plans with; `sum_weights` is the loss's denominator.
+
+    It is the exact sum, rounded once, so that it does not depend on the order of the sequences.
+    """
     num_tokens = sum(document.length for document in plan.documents)
     runs = [run for document in plan.documents for run in document.runs]
     return {
         "num_sequences": num_packs,
         "num_documents": len(plan.documents),
-        "num_trajectories": len(plan.places),
+        "num_trajectories": len(set(plan.trajectory_ids)),
         "num_tokens": num_tokens,
         "num_loss_tokens": sum(length for _, length, _ in runs),
-        "sum_weights": float(sum(length * weight for _, length, weight in runs)),
+        "sum_weights": math.fsum(length * weight for _, length, weight in runs),
         "fill": num_tokens / (num_packs * config.seq_len),
         "min_sequences": -(-num_tokens // config.seq_len),
     }

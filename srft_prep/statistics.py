@@ -5,12 +5,16 @@ from typing import Any, Final
 
 import polars as pl
 
-from srft_prep.errors import LabelError
-from srft_prep.storage import read_manifest
+from srft_prep.errors import LabelError, ShardError
+from srft_prep.storage import Manifest, read_manifest
 from srft_prep.types import LABELS
 
 OUTCOMES: Final = ("resolved", "unresolved", "unknown")
 COLUMNS: Final = (*OUTCOMES, "all")
+
+_KEY: Final = {"trajectory_id": pl.String, "content_hash": pl.String}
+_TRAJECTORIES: Final = {**_KEY, "resolved": pl.Boolean, "num_steps": pl.Int32}
+_TOKENS: Final = {**_KEY, "num_tokens": pl.Int32}
 
 
 def collect(
@@ -21,12 +25,11 @@ def collect(
     Shares are fractions of the labelled steps; `productive` is good and unnecessary together.
 
     Raises:
-        ShardError: a directory is no finished output of its stage.
+        ShardError: a directory is no finished output of its stage, or no token row belongs to
+            these trajectories.
         LabelError: no label belongs to these trajectories.
     """
-    source = read_manifest(trajectories, stage="ingest")
-    columns = ["trajectory_id", "resolved", "num_steps", "content_hash"]
-    rows = pl.concat([pl.read_parquet(part, columns=columns) for part in source.parts] or [_none()])
+    source = read_manifest(trajectories, stage="ingest").checked()
     outcome = (
         pl.when(pl.col("resolved").is_null())
         .then(pl.lit("unknown"))
@@ -34,7 +37,7 @@ def collect(
         .then(pl.lit("resolved"))
         .otherwise(pl.lit("unresolved"))
     )
-    rows = rows.with_columns(outcome=outcome)
+    rows = _rows(source, _TRAJECTORIES).with_columns(outcome=outcome)
     numbers: dict[str, Any] = {name: _lengths(_of(rows, name)) for name in COLUMNS}
     if labels is not None:
         _add_labels(numbers, rows, labels)
@@ -43,15 +46,9 @@ def collect(
     return numbers
 
 
-def _none() -> pl.DataFrame:
-    return pl.DataFrame(
-        schema={
-            "trajectory_id": pl.String,
-            "resolved": pl.Boolean,
-            "num_steps": pl.Int32,
-            "content_hash": pl.String,
-        }
-    )
+def _rows(source: Manifest, schema: dict[str, Any]) -> pl.DataFrame:
+    parts = [pl.read_parquet(part, columns=list(schema)) for part in source.parts]
+    return pl.concat(parts) if parts else pl.DataFrame(schema=schema)
 
 
 def _of(rows: pl.DataFrame, column: str) -> pl.DataFrame:
@@ -67,7 +64,7 @@ def _lengths(rows: pl.DataFrame) -> dict[str, Any]:
 
 
 def _add_labels(numbers: dict[str, Any], rows: pl.DataFrame, folder: Path) -> None:
-    source = read_manifest(folder, stage="label")
+    source = read_manifest(folder, stage="label").checked()
     labels = pl.read_parquet(
         source.path / "labels.parquet", columns=["trajectory_id", "content_hash", "label"]
     )
@@ -96,10 +93,11 @@ def _add_labels(numbers: dict[str, Any], rows: pl.DataFrame, folder: Path) -> No
 
 
 def _add_tokens(numbers: dict[str, Any], rows: pl.DataFrame, folder: Path) -> None:
-    source = read_manifest(folder, stage="tokenize")
-    columns = ["trajectory_id", "num_tokens"]
-    tokens = pl.concat([pl.read_parquet(part, columns=columns) for part in source.parts])
-    joined = tokens.join(rows, on="trajectory_id", how="inner")
+    source = read_manifest(folder, stage="tokenize").checked()
+    tokens = _rows(source, _TOKENS)
+    joined = tokens.join(rows, on=["trajectory_id", "content_hash"], how="inner")
+    if tokens.height and not joined.height:
+        raise ShardError(f"{folder}: none of its tokens belongs to these trajectories")
     for name in COLUMNS:
         lengths = _of(joined, name)["num_tokens"]
         numbers[name] |= {
@@ -118,8 +116,8 @@ LINES: Final = (
     ("steps", "steps"),
     ("steps in a trajectory, median", "median_steps"),
     ("tokens", "tokens"),
-    ("tokens in a trajectory, median", "median_tokens"),
-    ("tokens in a trajectory, longest", "max_tokens"),
+    ("tokens in a sequence, median", "median_tokens"),
+    ("tokens in a sequence, longest", "max_tokens"),
     ("labelled steps", "labelled_steps"),
     ("productive steps", "productive_share"),
     ("  good", "good_share"),

@@ -66,6 +66,24 @@ class Manifest:
             if file["name"].startswith(("part-", "shard-"))
         ]
 
+    def checked(self) -> Self:
+        """Return this manifest, its tables being found to hold the bytes that were written.
+
+        Every stage calls it on its inputs: Parquet readers take half of all flipped bytes for good
+        data. Costs one pass of SHA-256 (0.8 GB/s on a 2.9 GHz core without SHA instructions).
+
+        Raises:
+            ShardError: a table is missing or was changed.
+        """
+        for file in self.files:
+            path = self.path / file["name"]
+            if path.suffix != ".jsonl" and _sha256(path) != file["sha256"]:
+                what = "changed since it was written" if path.exists() else "missing"
+                raise ShardError(
+                    f"{path}: {what}; restore it, or delete {self.path} and run {self.stage} again"
+                )
+        return self
+
     def as_input(self) -> dict[str, Any]:
         """Return how a later stage names this one: by content, not by where it lies."""
         names = [[file["name"], file["sha256"]] for file in self.files]
@@ -138,10 +156,7 @@ class StageWriter:
 
     def entry(self, key: str) -> dict[str, Any] | None:
         """Return what `record` wrote for a key in this plan, or None."""
-        file = self.progress / f"{key}.json"
-        if not file.exists():
-            return None
-        entry: dict[str, Any] = orjson.loads(file.read_bytes())
+        entry: dict[str, Any] | None = _read_json(self.progress / f"{key}.json")
         return entry
 
     def record(self, key: str, entry: dict[str, Any]) -> None:
@@ -199,6 +214,7 @@ class StageWriter:
                 for key in ("schema_version", "stage", "config", "inputs")
             )
             if same and all((self.path / file["name"]).exists() for file in manifest.files):
+                shutil.rmtree(self.progress, ignore_errors=True)
                 self.finished = manifest
                 return
             if not (same or overwrite):
@@ -209,9 +225,7 @@ class StageWriter:
             self._clear([file["name"] for file in manifest.files])
         elif not self.progress.exists():
             self._refuse_foreign_files(allowed=".*.tmp")
-        elif not plan_file.exists() or _portable(orjson.loads(plan_file.read_bytes())) != (
-            _portable(self.plan)
-        ):
+        elif _portable(_read_json(plan_file)) != _portable(self.plan):
             self._clear([])
         self.progress.mkdir(exist_ok=True)
         if not plan_file.exists():
@@ -264,17 +278,55 @@ def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:
         raise ShardError(f"{path}: expected {wanted}, but there is no {MANIFEST}") from None
     except orjson.JSONDecodeError as error:
         raise ShardError(f"{file}: damaged, not JSON: {error}") from None
-    keys = {"schema_version", "stage", "config", "inputs", "counts", "files"}
-    if not isinstance(data, dict) or not keys <= data.keys():
-        raise ShardError(f"{file}: damaged: expected the keys {', '.join(sorted(keys))}")
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise ShardError(f"{file}: damaged: expected an object with schema_version")
     if data["schema_version"] != SCHEMA_VERSION:
         raise ShardError(
             f"{file}: schema version {data['schema_version']}, this program reads "
             f"{SCHEMA_VERSION}; use the srft-prep version {data.get('package_version')}"
         )
+    if problem := _problem_of(data):
+        raise ShardError(f"{file}: damaged: {problem}")
     if stage and data["stage"] != stage:
         raise ShardError(f"{path}: expected the output of {stage}, this is one of {data['stage']}")
     return Manifest(path=path, stage=data["stage"], data=data)
+
+
+_TYPES: Final = {"config": dict, "inputs": list, "counts": dict, "files": list}
+_KEYS: Final[dict[Any, tuple[str, ...]]] = {
+    "ingest": ("counts.trajectories", "counts.rejected"),
+    "label": ("counts.failures",),
+    "tokenize": ("tokenizer.source", "tokenizer.tokenizer_hash", "tokenizer.template_hash"),
+    "pack": ("seq_len", "recipe", "tokenizer", "tokenizer_hash", "template_hash"),
+}
+"""What later stages read of a manifest, by stage."""
+
+
+def _problem_of(data: dict[str, Any]) -> str | None:
+    """Return why an object is no manifest, or None."""
+    if data.get("stage") not in _KEYS:
+        return f"stage: expected one of {', '.join(_KEYS)}, got {str(data.get('stage'))[:40]}"
+    for key, kind in _TYPES.items():
+        if not isinstance(data.get(key), kind):
+            return f"{key}: expected {kind.__name__}, got {type(data.get(key)).__name__}"
+    for path in _KEYS[data["stage"]]:
+        parent, _, key = path.rpartition(".")
+        if key not in (data.get(parent, ()) if parent else data):
+            return f"{path} is missing"
+    for file in data["files"]:
+        if not isinstance(file, dict) or not all(
+            isinstance(file.get(key), str) for key in ("name", "sha256")
+        ):
+            return "files: expected objects with a name and its sha256"
+    return None
+
+
+def _read_json(path: Path) -> Any:
+    """Return a journal file's value; None where it is missing or damaged: the work is redone."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
 
 
 @contextmanager
@@ -320,12 +372,17 @@ PARQUET_OPTIONS: Final[dict[str, Any]] = {
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Return a file's `name`, `bytes`, `sha256` and, for Parquet, `rows`."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    described = {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    described = {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
     if path.suffix == ".parquet":
         described["rows"] = pq.read_metadata(path).num_rows
     return described
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of(value: Any) -> str:

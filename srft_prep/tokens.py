@@ -10,13 +10,15 @@ can be made by several processes in any order, and a rerun makes only the missin
 """
 
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,7 +84,7 @@ def tokenize(
         ConfigError: the tokenizer or template cannot be used, the template rewrites history and
             `history` is `auto`, or the output cannot be written to.
     """
-    source = read_manifest(trajectories, stage="ingest")
+    source = read_manifest(trajectories, stage="ingest").checked()
     spec = load_spec(tokenizer, chat_template)
     config = TokenizeConfig(
         tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
@@ -148,12 +150,29 @@ def _run(
         initializer=_start_worker,
         initargs=(tokenizer.spec,),
     ) as pool:
-        futures: dict[Future[dict[str, Any]], Path] = {
-            pool.submit(_work, part, writer.path / part.name, history): part for part in todo
-        }
-        for future in as_completed(futures):
-            done(futures[future], future.result())
+        try:
+            with _interrupts_held():
+                futures: dict[Future[dict[str, Any]], Path] = {
+                    pool.submit(_work, part, writer.path / part.name, history): part
+                    for part in todo
+                }
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except BaseException:
+            for worker in active_children():
+                worker.kill()  # or the pool would first work off all that was submitted
+            raise
     return entries
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C until the block ends; the processes that it starts never see one."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 _worker_tokenizer: LoadedTokenizer | None = None
@@ -258,15 +277,15 @@ def _check_template(tokenizer: LoadedTokenizer, parts: list[Path], history: Hist
     for trajectory in _first_trajectories(parts):
         checked += 1
         try:
-            list(tokenizer.conversations(trajectory, history="full"))
-            rewritten = tokenizer.rewrites_history(trajectory, num_cuts=4)
+            (whole,) = tokenizer.conversations(trajectory, history="full")
+            rewritten = tokenizer.rewrites_history(trajectory, whole, num_cuts=4)
         except FormatError as error:
             reasons.append(f"{trajectory.trajectory_id}: {error}")
             continue
         if rewritten and history == "auto":
             raise ConfigError(
                 f"the chat template rewrites history: with a later message, what "
-                f"{trajectory.trajectory_id} showed before {rewritten} is rendered differently. "
+                f"{trajectory.trajectory_id} showed {rewritten} is rendered differently. "
                 "Choose --history per-step (each step in exactly the context that the model saw, "
                 "one sequence a step) or --history full (the final rendering, which the model "
                 "never saw in this form)"

@@ -1,11 +1,15 @@
 """Checks of a finished stage directory: files against the manifest, rows against the laws.
 
 Reading goes through the page checksums, so that a flipped byte is named as damage even where the
-manifest was written anew over it.
+manifest was written anew over it; every check of rows and totals holds without the checksums too.
+Cost: one pass over the bytes for SHA-256 and one over the rows.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,17 +18,28 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from srft_prep.ingest import OUTCOMES
+from srft_prep.labeling import LABELS_FILE
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
 from srft_prep.schemas import REQUESTS, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import IGNORED
-from srft_prep.storage import Manifest, describe_file, read_manifest
+from srft_prep.storage import Manifest, read_manifest
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import KINDS, LABELS
+from srft_prep.weights import is_distribution
 
 MAX_PROBLEMS: Final = 100
 """After this many problems of one file its remaining rows are not reported."""
 
 _SCHEMAS: Final = {"ingest": TRAJECTORIES, "tokenize": TOKENS, "pack": SHARDS}
+
+_TOTALS: Final = {
+    "ingest": ("trajectories", "steps"),
+    "label": ("trajectories", "steps", *LABELS, "failures"),
+    "tokenize": ("sequences", "tokens", "step_tokens"),
+    "pack": ("num_sequences", "num_documents", "num_tokens", "num_loss_tokens"),
+}
+"""Counts of the manifests that rows add up to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +49,34 @@ class Report:
     stage: str
     num_files: int
     num_rows: int
+    """Rows that could be read."""
     problems: tuple[str, ...]
     """One line a problem, each naming its file; empty for a sound directory."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Seen:
+    """What is remembered of the rows read so far, for what no single row can show."""
+
+    num_rows: int = 0
+    totals: Counter[str] = field(default_factory=Counter)
+    """What the rows add up to, under the names of the manifest's counts."""
+    by_value: dict[str, Counter[str]] = field(default_factory=dict)
+    """Rows by a column's value, under the names of the manifest's counts."""
+    keys: set[Hashable] = field(default_factory=set)
+    """What must not come a second time."""
+    ids: set[str] = field(default_factory=set)
+    """Trajectories."""
+    last_step: tuple[str, int] = ("", -1)
+    """Trajectory and step of the label before this one."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each run, times its length."""
+
+    def is_new(self, key: Hashable) -> bool:
+        """Return whether a key comes for the first time, and remember it."""
+        known = key in self.keys
+        self.keys.add(key)
+        return not known
 
 
 def verify(directory: Path) -> Report:
@@ -45,76 +86,118 @@ def verify(directory: Path) -> Report:
         ShardError: the directory has no readable manifest.
     """
     manifest = read_manifest(directory)
+    seen = _Seen()
     problems: list[str] = []
-    seen: dict[str, Any] = {"ids": set(), "totals": {}}
-    num_rows = 0
     for file in manifest.files:
         path = directory / file["name"]
-        if not path.exists():
+        if not path.is_file():
             problems.append(f"{path}: missing")
             continue
+        problems += [f"{path}: {problem}" for problem in _check_bytes(path, file)]
+        found = _check_lines(path, manifest) if path.suffix == ".jsonl" else iter(())
         if path.suffix == ".parquet":
-            found = _check_parquet(manifest, path, seen)
-            num_rows += file.get("rows", 0)
-            for number, problem in enumerate(found):
-                if number == MAX_PROBLEMS:
-                    problems.append(f"{path}: more problems")
-                    break
-                problems.append(f"{path}: {problem}")
-        if describe_digest(path) != file["sha256"]:
-            problems.append(f"{path}: its bytes are not those that were written (SHA-256 differs)")
-    problems += [f"{directory}: {problem}" for problem in _check_counts(manifest, seen)]
+            found = _check_parquet(manifest, path, file.get("rows"), seen)
+        for number, problem in enumerate(found):
+            if number == MAX_PROBLEMS:
+                problems.append(f"{path}: more problems")
+                break
+            problems.append(f"{path}: {problem}")
+    named = {file["name"] for file in manifest.files}
+    for pattern in ("part-*.parquet", "shard-*.parquet"):
+        strangers = sorted(path for path in directory.glob(pattern) if path.name not in named)
+        problems += [f"{path}: the manifest does not name this file" for path in strangers]
+    problems += [f"{directory}: {problem}" for problem in _check_totals(manifest, seen)]
     return Report(
         stage=manifest.stage,
         num_files=len(manifest.files),
-        num_rows=num_rows,
+        num_rows=seen.num_rows,
         problems=tuple(problems),
     )
 
 
-def describe_digest(path: Path) -> str:
-    """Return a file's SHA-256 in hex, also where it is no readable Parquet."""
-    import hashlib
+def _check_bytes(path: Path, file: dict[str, Any]) -> Iterator[str]:
+    size = path.stat().st_size
+    if size != file.get("bytes"):
+        yield f"expected {file.get('bytes')} bytes, got {size}"
+        return
+    with path.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
+            yield "its bytes are not those that were written (SHA-256 differs)"
 
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+
+def _check_lines(path: Path, manifest: Manifest) -> Iterator[str]:
+    """Check the rejected records; a ledger may hold torn lines, which `label` counts."""
+    if path.name.startswith("ledger-"):
+        return
+    lines = path.read_bytes().splitlines()
+    if len(lines) != manifest.counts.get("rejected"):
+        yield f"expected {manifest.counts.get('rejected')} lines, got {len(lines)}"
+    for number, line in enumerate(lines, start=1):
+        try:
+            reason = orjson.loads(line)["reason"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            reason = None
+        if not isinstance(reason, str):
+            yield f"line {number} is no rejected record with a reason"
 
 
-def _check_parquet(manifest: Manifest, path: Path, seen: dict[str, Any]) -> Iterator[str]:
+def _check_parquet(
+    manifest: Manifest, path: Path, num_rows: int | None, seen: _Seen
+) -> Iterator[str]:
     schema = _SCHEMAS.get(manifest.stage)
     if schema is None:
-        schema = LABELS_SCHEMA if path.name == "labels.parquet" else REQUESTS
+        schema = LABELS_SCHEMA if path.name == LABELS_FILE else REQUESTS
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if file.schema_arrow.names != schema.names:
-                yield f"expected the columns {schema.names}, got {file.schema_arrow.names}"
+            if not file.schema_arrow.equals(schema):
+                yield f"expected the columns {_columns(schema)}; got {_columns(file.schema_arrow)}"
                 return
+            if file.metadata.num_rows != num_rows:
+                yield f"expected {num_rows} rows, got {file.metadata.num_rows}"
             for group in range(file.num_row_groups):
-                for row in file.read_row_group(group).to_pylist():
+                for row in _rows(file.read_row_group(group)):
+                    seen.num_rows += 1
                     yield from _check_row(manifest, path, row, seen)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         yield f"cannot be read: {str(error).splitlines()[0]}"
 
 
-def _check_row(
-    manifest: Manifest, path: Path, row: dict[str, Any], seen: dict[str, Any]
-) -> Iterator[str]:
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{column.name} {column.type}" for column in schema)
+
+
+def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Yield rows as Python values, but lists of integers as arrays: token ids are many."""
+    columns = []
+    for column in table.columns:
+        if pa.types.is_list(column.type) and column.type.value_type == pa.int32():
+            columns.append([value.values.to_numpy() for value in column])
+        else:
+            columns.append(column.to_pylist())
+    for values in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, values, strict=True))
+
+
+def _check_row(manifest: Manifest, path: Path, row: dict[str, Any], seen: _Seen) -> Iterator[str]:
     if manifest.stage == "ingest":
         yield from _check_trajectory(row, seen)
     elif manifest.stage == "tokenize":
         yield from _check_tokens(row, seen)
     elif manifest.stage == "pack":
         yield from _check_packed(row, seen, seq_len=manifest.data["seq_len"])
-    elif path.name == "labels.parquet":
-        yield from _check_label(row, seen)
+    elif path.name == LABELS_FILE:
+        yield from _check_label(row, seen, config=manifest.data["config"])
+    else:
+        yield from _check_request(row, seen)
 
 
-def _check_trajectory(row: dict[str, Any], seen: dict[str, Any]) -> Iterator[str]:
+def _check_trajectory(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
     name = row["trajectory_id"]
-    _add(seen, trajectories=1, steps=row["num_steps"])
-    if name in seen["ids"]:
+    seen.totals.update(trajectories=1, steps=row["num_steps"])
+    seen.by_value.setdefault("outcomes", Counter())[OUTCOMES[row["resolved"]]] += 1
+    seen.by_value.setdefault("formats", Counter())[row["format"]] += 1
+    if not seen.is_new(name):
         yield f"{name}: the id occurs twice"
-    seen["ids"].add(name)
     trajectory = trajectory_of(row)
     if kinds := {message.kind for message in trajectory.messages} - set(KINDS):
         yield f"{name}: expected kinds {', '.join(KINDS)}, got {', '.join(sorted(kinds))}"
@@ -125,88 +208,120 @@ def _check_trajectory(row: dict[str, Any], seen: dict[str, Any]) -> Iterator[str
     for index, message in enumerate(trajectory.messages):
         if message.tool_calls is not None and not _is_json_list(message.tool_calls):
             yield f"{name}: message {index}: tool_calls is no JSON list"
+    if trajectory.tools is not None and not _is_json_list(trajectory.tools):
+        yield f"{name}: tools is no JSON list"
 
 
-def _check_label(row: dict[str, Any], seen: dict[str, Any]) -> Iterator[str]:
-    name = f"{row['trajectory_id']}: step {row['step_index']}"
-    _add(seen, steps=1)
-    if name in seen["ids"]:
+def _check_label(row: dict[str, Any], seen: _Seen, *, config: dict[str, Any]) -> Iterator[str]:
+    trajectory_id, step = row["trajectory_id"], row["step_index"]
+    name = f"{trajectory_id}: step {step}"
+    seen.totals.update(["steps", row["label"]])
+    last_id, last_step = seen.last_step
+    due = last_step + 1 if trajectory_id == last_id else 0
+    if not seen.is_new((trajectory_id, step)):
         yield f"{name}: has two labels"
-    seen["ids"].add(name)
+    elif step != due or (step == 0 and trajectory_id in seen.ids):
+        yield f"{name}: out of order, expected step {due}"
+    seen.ids.add(trajectory_id)
+    seen.last_step = (trajectory_id, step)
     if row["label"] not in LABELS:
         yield f"{name}: expected a label of {', '.join(LABELS)}, got {row['label']!r}"
+    for key in ("critic_id", "prompt_hash"):
+        if row[key] != config.get(key):
+            yield f"{name}: expected {key} {config.get(key)}, got {row[key]}"
     probabilities = [row[f"p_{label}"] for label in LABELS]
     given = [p for p in probabilities if p is not None]
-    if given and (len(given) < len(LABELS) or abs(sum(given) - 1) > 1e-3 or min(given) < 0):
+    if given and (len(given) < len(LABELS) or not is_distribution(given)):
         yield f"{name}: expected three probabilities that sum to 1, got {probabilities}"
 
 
-def _check_tokens(row: dict[str, Any], seen: dict[str, Any]) -> Iterator[str]:
-    name = row["trajectory_id"]
-    length = len(row["input_ids"])
-    _add(seen, sequences=1, tokens=length)
-    if row["num_tokens"] != length:
-        yield f"{name}: num_tokens is {row['num_tokens']}, there are {length}"
-    if length and min(row["input_ids"]) < 0:
+def _check_request(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
+    name, failure = row["trajectory_id"], row["failure"]
+    seen.totals.update(trajectories=1, failures=failure is not None)
+    if not seen.is_new((name, row["part"])):
+        yield f"{name}: part {row['part']} occurs twice"
+    if (failure is None) != (name in seen.ids):
+        what = "has no labels" if failure is None else f"has labels, but failed: {failure}"
+        yield f"{name}: {what}"
+    costs = [value for value in row.values() if isinstance(value, int | float)]
+    if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
+        yield f"{name}: expected counts, seconds and usd >= 0"
+
+
+def _check_tokens(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
+    name, ids = row["trajectory_id"], row["input_ids"]
+    spans = row["step_spans"]
+    seen.totals.update(sequences=1, tokens=len(ids))
+    seen.totals["step_tokens"] += sum(span["end"] - span["start"] for span in spans)
+    if row["num_tokens"] != len(ids):
+        yield f"{name}: num_tokens is {row['num_tokens']}, there are {len(ids)}"
+    if len(ids) and ids.min() < 0:
         yield f"{name}: a negative token id"
-    position = 0
-    for span in row["step_spans"]:
-        if not position <= span["start"] <= span["end"] <= length:
-            yield f"{name}: step {span['step']}: span {span['start']}-{span['end']} is out of order"
-        position = span["end"]
+    if not spans and not seen.is_new(name):
+        yield f"{name}: occurs twice"
+    position, last_step = 0, -1
+    for span in spans:
+        step, start, end = span["step"], span["start"], span["end"]
+        if not position <= start <= end <= len(ids):
+            yield f"{name}: step {step}: span {start}-{end} is out of order or bounds"
+        if step <= last_step:
+            yield f"{name}: step {step} comes after step {last_step}"
+        if not seen.is_new((name, step)):
+            yield f"{name}: step {step} occurs twice"
+        position, last_step = end, step
 
 
-def _check_packed(row: dict[str, Any], seen: dict[str, Any], *, seq_len: int) -> Iterator[str]:
-    ids = np.array(row["input_ids"], np.int32)
-    labels = np.array(row["labels"], np.int32)
-    name = f"sequence with {row['trajectory_ids'][0] if row['trajectory_ids'] else 'nothing'}"
-    if not len(ids) == len(labels) == sum(row["seq_lengths"]) <= seq_len:
+def _check_packed(row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator[str]:
+    ids, labels, lengths = row["input_ids"], row["labels"], row["seq_lengths"]
+    owners = row["trajectory_ids"]
+    name = f"sequence with {owners[0] if owners else 'nothing'}"
+    seen.totals.update(num_sequences=1, num_documents=len(lengths), num_tokens=len(ids))
+    seen.totals["num_loss_tokens"] += int((labels != IGNORED).sum())
+    seen.ids.update(owners)
+    if not len(ids) == len(labels) == lengths.sum() <= seq_len:
         yield f"{name}: ids, labels and seq_lengths disagree, or exceed seq_len {seq_len}"
         return
-    if len(row["seq_lengths"]) != len(row["trajectory_ids"]) or min(row["seq_lengths"]) < 1:
+    if len(lengths) != len(owners) or not len(lengths) or lengths.min() < 1:
         yield f"{name}: expected one trajectory id and a length >= 1 for each document"
+        return
+    bounds = np.cumsum([0, *lengths])
+    for owner, start, end in zip(owners, bounds, bounds[1:], strict=False):
+        digest = hashlib.blake2b(ids[start:end].tobytes(), digest_size=16).digest()
+        if not seen.is_new((owner, digest)):
+            yield f"{name}: the document of {owner} at {start} occurs twice"
     expected = np.full(len(ids), IGNORED, np.int32)
-    bounds = np.cumsum([0, *row["seq_lengths"]])
     position = 0
-    weight_sum = 0.0
     for run in row["loss_weights"]:
         start, end, weight = run["start"], run["start"] + run["length"], run["weight"]
-        next_bound = np.searchsorted(bounds, start, side="right")
-        in_document = start < len(ids) and end <= bounds[next_bound]
-        if not (position <= start < end and in_document and 0 < weight < np.inf):
-            yield f"{name}: run {start}-{end} of weight {weight}: out of order or over a boundary"
-        expected[start:end] = ids[start:end]
-        weight_sum += weight * run["length"]
+        seen.weights.append(weight * run["length"])
+        if not 0 < weight < math.inf:
+            yield f"{name}: run {start}-{end} has weight {weight}, expected a finite one > 0"
+        if not position <= start < end <= len(ids):
+            yield f"{name}: run {start}-{end} is empty, out of order or out of bounds"
+        elif end > bounds[np.searchsorted(bounds, start, side="right")]:
+            yield f"{name}: run {start}-{end} crosses from one document into the next"
+        expected[max(start, 0) : max(end, 0)] = ids[max(start, 0) : max(end, 0)]
         position = end
     if not np.array_equal(expected, labels):
         yield f"{name}: labels are not the ids where the weight is > 0 and {IGNORED} elsewhere"
-    _add(
-        seen,
-        num_sequences=1,
-        num_documents=len(row["seq_lengths"]),
-        num_tokens=len(ids),
-        num_loss_tokens=int((labels != IGNORED).sum()),
-    )
 
 
-def _check_counts(manifest: Manifest, seen: dict[str, Any]) -> Iterator[str]:
-    for name, found in seen["totals"].items():
-        if name in manifest.counts and manifest.counts[name] != found:
-            yield f"the manifest counts {manifest.counts[name]} {name}, the files hold {found}"
-    for file in manifest.files:
-        path = manifest.path / file["name"]
-        if "rows" in file and path.exists():
-            try:
-                rows = describe_file(path)["rows"]
-            except (pa.ArrowException, OSError):
-                continue  # reported when it was read
-            if rows != file["rows"]:
-                yield f"{path.name}: expected {file['rows']} rows, got {rows}"
+def _check_totals(manifest: Manifest, seen: _Seen) -> Iterator[str]:
+    """Compare what the rows add up to with the manifest's counts, and its copies of them.
 
-
-def _add(seen: dict[str, Any], **numbers: int) -> None:
-    for name, number in numbers.items():
-        seen["totals"][name] = seen["totals"].get(name, 0) + number
+    `sum_weights` is the exact sum, rounded once (see `shards`), and so compares exactly too.
+    """
+    totals: dict[str, Any] = {name: seen.totals[name] for name in _TOTALS[manifest.stage]}
+    totals |= {name: dict(values) for name, values in seen.by_value.items()}
+    if manifest.stage == "pack":
+        room = totals["num_sequences"] * manifest.data["seq_len"]
+        totals["num_trajectories"] = len(seen.ids)
+        totals["sum_weights"] = math.fsum(seen.weights)
+        totals["fill"] = totals["num_tokens"] / room if room else None
+    for name, found in totals.items():
+        for place in (manifest.counts, manifest.data):
+            if name in place and place[name] != found:
+                yield f"the manifest counts {place[name]} {name}, the files hold {found}"
 
 
 def _is_json_list(text: str) -> bool:

@@ -25,6 +25,9 @@ from srft_prep.types import LABELS, Label
 
 Treatment = Literal["whole", "by label", "left out"]
 
+MAX_WEIGHT: Final = 3.4028234663852886e38
+"""The largest float32: weights are stored in that type."""
+
 DEFAULT_WEIGHTS: Final[dict[Label, float]] = {"good": 1.0, "unnecessary": 1.0, "harmful": 0.0}
 """The paper's: good and unnecessary steps are productive, harmful ones are not trained."""
 
@@ -68,6 +71,11 @@ class StepJudgement:
     """Of good, unnecessary, harmful."""
 
 
+def is_distribution(probabilities: Sequence[float]) -> bool:
+    """Return whether probabilities lie in [0, 1] and sum to 1 within 0.001 (they are float32)."""
+    return all(0 <= p <= 1 for p in probabilities) and abs(math.fsum(probabilities) - 1) <= 1e-3
+
+
 def step_weight(
     judgement: StepJudgement, weights: Mapping[Label, float], *, soft: bool = False
 ) -> float:
@@ -94,6 +102,7 @@ def step_weights(
     """Return the weights of a trajectory's steps, [num_steps]."""
     if treatment == "whole":
         return [1.0] * num_steps
+    assert len(judgements) == num_steps
     return [step_weight(judgement, weights, soft=soft) for judgement in judgements]
 
 
@@ -101,9 +110,10 @@ def parse_weights(text: str) -> dict[Label, float]:
     """Return the weights of `good=1,unnecessary=1,harmful=0`; labels left out keep the default.
 
     Raises:
-        ConfigError: an unknown label, or a weight that is no finite number >= 0.
+        ConfigError: an unknown label, one given twice, or a weight that is no finite float32 >= 0.
     """
     weights = dict(DEFAULT_WEIGHTS)
+    given: set[Label] = set()
     for item in text.split(","):
         name, _, number = (part.strip() for part in item.partition("="))
         try:
@@ -111,10 +121,13 @@ def parse_weights(text: str) -> dict[Label, float]:
         except ValueError:
             weight = math.nan
         label = next((label for label in LABELS if label == name), None)
-        if label is None or not math.isfinite(weight) or weight < 0:
+        if label is None or not 0 <= weight <= MAX_WEIGHT:
             raise ConfigError(
                 f"--weights: expected label=number with a label of {', '.join(LABELS)} and a "
                 f"finite number >= 0, got {item.strip()!r}"
             )
-        weights[label] = weight
+        if label in given:
+            raise ConfigError(f"--weights: expected each label once, got {label} again")
+        given.add(label)
+        weights[label] = weight + 0.0  # -0 becomes 0
     return weights

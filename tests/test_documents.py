@@ -1,0 +1,202 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srft_prep.config import Overlong
+from srft_prep.documents import Cut, Document, documents_of
+from tests import strategies
+from tests.strategies import Spans
+
+Row = tuple[int, Spans, list[float]]
+SEQ_LEN = 40
+
+rows = strategies.token_rows()
+seq_lens = st.integers(1, 120)
+each_overlong = pytest.mark.parametrize("overlong", ["truncate", "windows", "drop", "error"])
+
+
+def cut(row: Row, seq_len: int, overlong: Overlong) -> Cut:
+    num_tokens, spans, weights = row
+    return documents_of(7, num_tokens, spans, weights, seq_len=seq_len, overlong=overlong)
+
+
+def weights_by_token(document: Document) -> dict[int, float]:
+    """Weight of each weighted token of the row, by its place in the row."""
+    found: dict[int, float] = {}
+    for start, length, weight in document.runs:
+        for place in range(document.start + start, document.start + start + length):
+            assert place not in found, "runs overlap"
+            found[place] = weight
+    return found
+
+
+def expected_weights(row: Row) -> dict[int, float]:
+    _, spans, weights = row
+    return {
+        place: weight
+        for (_, start, end), weight in zip(spans, weights, strict=True)
+        for place in range(start, end)
+        if weight > 0
+    }
+
+
+def trained_steps(row: Row, document: Document) -> list[int]:
+    """Indices of the weighted steps of which the document trains a token."""
+    places = weights_by_token(document)
+    return [step for step, start, end in row[1] if any(p in places for p in range(start, end))]
+
+
+@given(rows, seq_lens)
+@each_overlong
+def test_documents_are_runs_of_whole_steps_within_their_bounds(
+    overlong: Overlong, row: Row, seq_len: int
+) -> None:
+    expected = expected_weights(row)
+    for document in cut(row, seq_len, overlong).documents:
+        assert document.row == 7
+        assert 0 <= document.start < document.end <= row[0]
+        assert document.length <= seq_len
+        position = 0
+        for start, length, weight in document.runs:
+            assert position <= start < start + length <= document.length
+            assert weight > 0
+            position = start + length
+        places = weights_by_token(document)
+        assert places.items() <= expected.items(), "a weight that no step has"
+        for _, start, end in row[1]:
+            inside = [place in places for place in range(start, end)]
+            assert all(inside) or not any(inside), "half a step is trained"
+
+
+@given(rows)
+@each_overlong
+def test_a_row_that_fits_is_one_document_whatever_is_asked(overlong: Overlong, row: Row) -> None:
+    result = cut(row, row[0], overlong)
+    [document] = result.documents
+    assert (document.start, document.end) == (0, row[0])
+    assert weights_by_token(document) == expected_weights(row)
+    assert (result.num_lost_steps, result.num_lost_tokens) == (0, 0)
+
+
+@given(rows, seq_lens)
+@each_overlong
+def test_lost_steps_and_tokens_are_those_that_no_document_trains(
+    overlong: Overlong, row: Row, seq_len: int
+) -> None:
+    result = cut(row, seq_len, overlong)
+    trained = {place for each in result.documents for place in weights_by_token(each)}
+    lost = expected_weights(row).keys() - trained
+    assert result.num_lost_tokens == len(lost)
+    touched = [step for step, start, end in row[1] if lost & set(range(start, end))]
+    assert result.num_lost_steps == len(touched)
+
+
+@given(rows, seq_lens)
+def test_truncation_keeps_the_longest_start_that_ends_behind_a_step(row: Row, seq_len: int) -> None:
+    num_tokens, spans, _ = row
+    if num_tokens <= seq_len:
+        return
+    ends = [end for _, start, end in spans if start < end <= seq_len]
+    documents = cut(row, seq_len, "truncate").documents
+    assert [(each.start, each.end) for each in documents] == ([(0, max(ends))] if ends else [])
+
+
+@given(rows, seq_lens)
+def test_windows_train_each_step_that_fits_exactly_once(row: Row, seq_len: int) -> None:
+    num_tokens, spans, weights = row
+    documents = cut(row, seq_len, "windows").documents
+    found: dict[int, float] = {}
+    for document in documents:
+        places = weights_by_token(document)
+        assert not places.keys() & found.keys(), "a token is trained twice"
+        found |= places
+    fits = [end - start <= seq_len for _, start, end in spans]
+    kept = [weight if fit else 0.0 for weight, fit in zip(weights, fits, strict=True)]
+    assert found == expected_weights((num_tokens, spans, kept))
+
+
+@given(rows, seq_lens)
+def test_windows_come_in_order_and_each_trains_steps_of_its_own(row: Row, seq_len: int) -> None:
+    every_step_counts = [1.0] * len(row[1])
+    spans = [(step, start, end) for step, start, end in row[1] if start < end]
+    whole = (row[0], spans, every_step_counts[: len(spans)])
+    documents = cut(whole, seq_len, "windows").documents
+    if whole[0] <= seq_len:
+        return
+    steps = [trained_steps(whole, document) for document in documents]
+    assert all(steps), "a window that trains nothing"
+    flat = [step for each in steps for step in each]
+    assert flat == sorted(flat)
+
+
+@given(rows, seq_lens, st.data())
+def test_weights_never_decide_where_documents_lie(row: Row, seq_len: int, data: Any) -> None:
+    other = [data.draw(strategies.weights()) for _ in row[2]]
+    for overlong in ("truncate", "windows"):
+        one, two = (
+            cut((row[0], row[1], weights), seq_len, overlong).documents
+            for weights in (row[2], other)
+        )
+        assert [(d.start, d.end) for d in one] == [(d.start, d.end) for d in two]
+
+
+@given(rows, seq_lens)
+@pytest.mark.parametrize("overlong", ["drop", "error"])
+def test_a_longer_row_makes_no_document_where_it_is_not_to_be_cut(
+    overlong: Overlong, row: Row, seq_len: int
+) -> None:
+    if row[0] > seq_len:
+        assert cut(row, seq_len, overlong).documents == ()
+
+
+#   prompt 0-10, then steps of 5 tokens, each behind an observation of 5
+STEPS: Spans = [(step, 10 + 10 * step, 15 + 10 * step) for step in range(6)]
+LONG: Row = (70, STEPS, [1.0, 0.0, 0.5, 1.0, 1.0, 2.0])
+
+
+def test_truncating_an_example() -> None:
+    result = cut(LONG, SEQ_LEN, "truncate")
+    [document] = result.documents
+    assert (document.start, document.end) == (0, 35)
+    assert document.runs == ((10, 5, 1.0), (30, 5, 0.5))
+    assert (result.num_lost_steps, result.num_lost_tokens) == (3, 15)
+
+
+def test_windows_of_an_example_replay_half_a_window_as_context() -> None:
+    result = cut(LONG, SEQ_LEN, "windows")
+    assert [(each.start, each.end, each.runs) for each in result.documents] == [
+        (0, 35, ((10, 5, 1.0), (30, 5, 0.5))),
+        (15, 55, ((25, 5, 1.0), (35, 5, 1.0))),
+        (35, 65, ((25, 5, 2.0),)),
+    ]
+    assert (result.num_lost_steps, result.num_lost_tokens) == (0, 0)
+
+
+def test_a_step_longer_than_a_window_is_lost_and_the_steps_around_it_are_not() -> None:
+    row: Row = (120, [(0, 5, 10), (1, 20, 100), (2, 110, 115)], [1.0, 1.0, 1.0])
+    result = cut(row, SEQ_LEN, "windows")
+    assert [trained_steps(row, each) for each in result.documents] == [[0], [2]]
+    assert (result.num_lost_steps, result.num_lost_tokens) == (1, 80)
+
+
+def test_an_observation_longer_than_a_window_shows_its_end() -> None:
+    row: Row = (120, [(0, 5, 10), (1, 100, 105)], [1.0, 1.0])
+    first, second = cut(row, SEQ_LEN, "windows").documents
+    assert (first.start, first.end) == (0, 10)
+    assert (second.start, second.end, second.runs) == (65, 105, ((35, 5, 1.0),))
+
+
+@pytest.mark.parametrize("spans", [[], [(0, 0, 0)], [(0, 60, 60), (1, 99, 99)]])
+def test_a_long_row_without_a_token_of_a_step_makes_no_document(spans: Spans) -> None:
+    for overlong in ("truncate", "windows"):
+        assert cut((99, spans, [1.0] * len(spans)), SEQ_LEN, overlong) == Cut(
+            documents=(), num_lost_steps=0, num_lost_tokens=0
+        )
+
+
+def test_an_empty_step_behind_a_longer_one_makes_no_window() -> None:
+    row: Row = (2, [(0, 1, 2), (1, 2, 2)], [0.0, 0.0])
+    [document] = cut(row, 1, "windows").documents
+    assert (document.start, document.end) == (1, 2)
