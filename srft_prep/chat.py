@@ -109,7 +109,10 @@ def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--chat-template {chat_template}: {error}") from None
     if isinstance(template, dict):
-        template = template.get("default")
+        raise ConfigError(
+            f"--tokenizer {source}: has several chat templates ({', '.join(sorted(template))}); "
+            "give the one that inference uses as --chat-template FILE"
+        )
     if not template:
         raise ConfigError(f"--tokenizer {source}: has no chat template; give --chat-template FILE")
     added = tokenizer.added_tokens_decoder.values()

@@ -572,3 +572,20 @@ def test_a_broken_tokenizer_is_one_clear_sentence(
         load_spec(str(tmp_path))
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_tokenizer_with_several_templates_asks_which_one_inference_uses(tmp_path: Path) -> None:
+    source = Path(tokenizer_path("example"))
+    config = json.loads((source / "tokenizer_config.json").read_bytes())
+    template = config["chat_template"]
+    config["chat_template"] = [
+        {"name": "default", "template": template},
+        {"name": "tool_use", "template": template},
+    ]
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"several chat templates \(default, tool_use\)"):
+        load_spec(str(tmp_path))
+    chosen = tmp_path / "chosen.jinja"
+    chosen.write_text(template, encoding="utf-8")
+    assert load_spec(str(tmp_path), chosen).template == template
