@@ -92,7 +92,7 @@ check: $(VENV)/.dev  ## Lint, format check, types, layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-timing
+	@$(BIN)/lint-imports
 
 .PHONY: fix
 fix: $(VENV)/.dev  ## Format and mend what can be mended by machine

@@ -162,16 +162,16 @@ def label(
     as_json: bool,
 ) -> None:
     """Let a critic label every step of the TRAJECTORIES good, unnecessary or harmful."""
+    if critic_name == "rules" and model is not None:
+        raise click.UsageError("--model: the rules critic has no model")
+    if critic_name == "scripted" and model is None:
+        raise click.UsageError("--critic scripted: give the file of labels with --model PATH")
     from srft_prep.config import LabelConfig
     from srft_prep.critic import open_critic
     from srft_prep.labeling import count_trajectories
     from srft_prep.labeling import label as run
     from srft_prep.progress import shown
 
-    if critic_name == "rules" and model is not None:
-        raise click.UsageError("--model: the rules critic has no model")
-    if critic_name == "scripted" and model is None:
-        raise click.UsageError("--critic scripted: give the file of labels with --model PATH")
     critic = open_critic(critic_name, **({"model": model} if model else {}))
     config = LabelConfig(
         critic=critic_name, critic_id=critic.critic_id, prompt_hash=critic.prompt_hash, only=only

@@ -50,10 +50,6 @@ class LabelConfig:
     """Hash of the question asked."""
     only: Only = "unresolved"
     """Which trajectories are labelled; `unresolved` means: not known to be resolved."""
-    shard_index: int = 0
-    """Which share of the trajectories this run labels, 0-based."""
-    num_shards: int = 1
-    """Into how many shares the trajectories are divided, by content hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -91,8 +91,7 @@ def label(
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
     """Return how many trajectories a run would look at, for a progress bar's total."""
-    source = read_manifest(trajectories, stage="ingest").checked()
-    return sum(1 for _ in _selected_keys(source, config))
+    return sum(1 for _ in _selected_keys(read_manifest(trajectories, stage="ingest"), config))
 
 
 def wanted(resolved: bool | None, only: Only) -> bool:
@@ -105,8 +104,7 @@ def _selected_keys(source: Manifest, config: LabelConfig) -> Iterator[tuple[str,
     columns = ["trajectory_id", "content_hash", "resolved", "num_steps"]
     for part in source.parts:
         for name, content_hash, resolved, steps in pl.read_parquet(part, columns=columns).rows():
-            in_share = int(content_hash[:8], 16) % config.num_shards == config.shard_index
-            if steps and in_share and wanted(resolved, config.only):
+            if steps and wanted(resolved, config.only):
                 yield name, content_hash
 
 

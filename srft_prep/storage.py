@@ -96,7 +96,8 @@ class StageWriter:
     def __init__(self, path: Path, *, stage: str, plan: dict[str, Any]) -> None:
         self.path = path
         self.stage = stage
-        self.plan = plan
+        self.plan: dict[str, Any] = orjson.loads(orjson.dumps(plan))
+        """As it will be read again: a tuple becomes a list."""
         self.finished: Manifest | None = None
         """Set where this very plan was finished before: there is nothing to do."""
         self._lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -304,7 +305,7 @@ _KEYS: Final[dict[Any, tuple[str, ...]]] = {
 
 def _problem_of(data: dict[str, Any]) -> str | None:
     """Return why an object is no manifest, or None."""
-    if data.get("stage") not in _KEYS:
+    if str(data.get("stage")) not in _KEYS:
         return f"stage: expected one of {', '.join(_KEYS)}, got {str(data.get('stage'))[:40]}"
     for key, kind in _TYPES.items():
         if not isinstance(data.get(key), kind):

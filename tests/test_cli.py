@@ -14,16 +14,6 @@ COMMANDS = ("ingest", "label", "tokenize", "pack", "stats", "inspect", "verify")
 HEAVY = ("polars", "transformers", "torch", "pyarrow", "tokenizers", "numpy")
 TRAJECTORY = "attempt-1/example__slots-12"
 
-MAIN = """
-import sys
-from srft_prep.cli import main
-try:
-    main()
-finally:
-    loaded = [name for name in sys.argv[-1].split("=")[-1].split(",") if name in sys.modules]
-    print("loaded:", *loaded)
-"""
-
 Run = subprocess.CompletedProcess[str]
 
 
@@ -141,13 +131,10 @@ def test_a_finished_command_given_again_changes_nothing_and_exits_the_same(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return all files but what tells of the last run: the manifest of an accumulating stage."""
-    skipped = {"manifest.json"} if (folder / "labels.parquet").exists() else set()
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.name not in skipped
-    }
+    """Return all files of a folder but the manifest of labels, which counts the last run."""
+    accumulates = (folder / "labels.parquet").exists()
+    names = {path.name for path in folder.iterdir()} - ({"manifest.json"} if accumulates else set())
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 def test_json_is_the_last_line_of_the_commands_that_only_print(stages: Path) -> None:

@@ -26,7 +26,7 @@ def test_the_command_reference_is_what_help_prints(request: pytest.FixtureReques
     sections = [f"## srft-prep {command}\n\n```\n{help_of(command)}```\n" for command in COMMANDS]
     text = "\n".join(
         [
-            "# Command reference\n\nWritten by `make docs` from `--help`; a test holds it to that.\n",
+            "# Command reference\n\nWritten by `make docs` from `--help`; a test compares.\n",
             f"```\n{help_of()}```\n",
             *sections,
         ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srft_prep.config import PackConfig
@@ -206,6 +206,7 @@ def test_printable_text_is_harmless_and_ordinary_text_is_unchanged(text: str) ->
         assert shown == text
 
 
+@settings(deadline=None)  # writes files
 @given(run=strategies.trajectories())
 def test_any_trajectory_can_be_shown(
     tmp_path_factory: pytest.TempPathFactory, run: Trajectory

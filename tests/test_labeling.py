@@ -330,26 +330,7 @@ def test_a_damaged_ledger_line_is_counted_and_asked_again(runs: Path, tmp_path: 
     assert labels_in(folder) == listed(*LABELLED)
 
 
-def test_shares_of_a_cluster_array_are_disjoint_and_complete(tmp_path: Path) -> None:
-    runs: list[Trajectory] = [trajectory(f"run-{number}", num_steps=1) for number in range(40)]
-    source = write_trajectories(tmp_path / "runs", runs)
-    asked: list[str] = []
-    for index in range(3):
-        critic = ListedCritic()
-        config = LabelConfig(
-            critic="listed",
-            critic_id=critic.critic_id,
-            prompt_hash=critic.prompt_hash,
-            shard_index=index,
-            num_shards=3,
-        )
-        label(source, tmp_path / f"share-{index}", critic, config)
-        assert len(critic.asked) > 5
-        asked += critic.asked
-    assert sorted(asked) == sorted(run.trajectory_id for run in runs)
-
-
-def test_ledgers_of_all_shares_in_one_directory_leave_nothing_to_ask(
+def test_ledgers_of_several_runs_in_one_directory_leave_nothing_to_ask(
     runs: Path, tmp_path: Path
 ) -> None:
     merged = tmp_path / "merged"

@@ -3,7 +3,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
@@ -187,6 +187,7 @@ operations = st.lists(
 )
 
 
+@settings(deadline=None)  # writes files
 @given(operations)
 def test_reopening_anywhere_changes_no_lookup(
     tmp_path_factory: pytest.TempPathFactory, operations: list[tuple[int, bool, bool, str]]
@@ -211,6 +212,7 @@ def test_reopening_anywhere_changes_no_lookup(
     ledger.close()
 
 
+@settings(deadline=None)  # writes files
 @given(st.integers(0, 3), st.data())
 def test_any_label_reads_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, number: int, data: st.DataObject

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srft_prep.config import PackConfig
@@ -551,6 +551,7 @@ def test_a_sequence_mixes_trajectories_in_the_order_of_their_ids(
     assert row["seq_lengths"] == [41, 31, 31, 21]
 
 
+@settings(deadline=None)  # writes files
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.sampled_from([True, False, None])), min_size=1),
     st.integers(12, 80),
