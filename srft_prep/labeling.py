@@ -91,7 +91,8 @@ def label(
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
     """Return how many trajectories a run would look at, for a progress bar's total."""
-    return sum(1 for _ in _selected_keys(read_manifest(trajectories, stage="ingest"), config))
+    source = read_manifest(trajectories, stage="ingest").checked()
+    return sum(1 for _ in _selected_keys(source, config))
 
 
 def wanted(resolved: bool | None, only: Only) -> bool:

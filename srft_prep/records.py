@@ -284,7 +284,9 @@ def _parquet_rows(path: Path, origin: Origin, start: int) -> Iterator[Record]:
     first = row = 0
     broken = (pa.ArrowException, OSError, ValueError, OverflowError)
     try:
-        file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        )
     except broken as error:
         yield Record(origin=origin, error=_damaged(error))
         return
