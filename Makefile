@@ -17,7 +17,7 @@ OUT ?= out/run
 CRITIC ?= rules
 MODEL ?=
 ONLY ?= unresolved
-TOKENIZER ?= example
+TOKENIZER ?=
 RECIPE ?= srft
 SEQ_LEN ?= 32768
 ARGS ?=
@@ -46,10 +46,10 @@ setup: $(VENV)/.dev  ## Make .venv with all that development and tests need
 
 .PHONY: quickstart
 quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (CPU, no download)
-	$(BIN)/srft-prep ingest srft_prep/examples/runs --outcomes srft_prep/examples/runs -o $(QUICK)/trajectories
-	$(BIN)/srft-prep label $(QUICK)/trajectories --critic rules --only all -o $(QUICK)/labels
-	$(BIN)/srft-prep tokenize $(QUICK)/trajectories --tokenizer example -o $(QUICK)/tokens
-	$(BIN)/srft-prep pack $(QUICK)/tokens --labels $(QUICK)/labels --recipe srft --seq-len 4096 -o $(QUICK)/shards
+	$(BIN)/srft-prep ingest srft_prep/examples/runs --outcomes srft_prep/examples/runs -o $(QUICK)/trajectories --overwrite
+	$(BIN)/srft-prep label $(QUICK)/trajectories --critic rules --only all -o $(QUICK)/labels --overwrite
+	$(BIN)/srft-prep tokenize $(QUICK)/trajectories --tokenizer example -o $(QUICK)/tokens --overwrite
+	$(BIN)/srft-prep pack $(QUICK)/tokens --labels $(QUICK)/labels --recipe srft --seq-len 4096 -o $(QUICK)/shards --overwrite
 	$(BIN)/srft-prep verify $(QUICK)/shards
 	$(BIN)/srft-prep stats $(QUICK)/trajectories --labels $(QUICK)/labels --tokens $(QUICK)/tokens
 	@echo
@@ -60,28 +60,29 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-9"
 	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
 	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
-	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, Labels)"
+	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, label)"
 
-# DATA may be raw runs or the output of ingest. Exit status 1 (some records were rejected, and are
-# listed) does not stop the chain; 2 does.
+# DATA may be raw runs or the output of ingest; ARGS goes to the command (ARGS=--overwrite, say).
+# Exit status 1 (some records were rejected, and are listed) does not stop the chain; 2 does.
 TRAJECTORIES = $(if $(wildcard $(DATA)/manifest.json),$(DATA),$(OUT)/trajectories)
 
 .PHONY: label
 label: $(VENV)/.base  ## Label every step: DATA=... OUT=... [OUTCOMES=... CRITIC=rules|scripted MODEL=... ONLY=...]
 	@test "$(TRAJECTORIES)" = "$(DATA)" || $(BIN)/srft-prep ingest $(DATA) \
-		$(if $(OUTCOMES),--outcomes $(OUTCOMES)) -o $(TRAJECTORIES) || test $$? -eq 1
+		$(addprefix --outcomes ,$(OUTCOMES)) -o $(TRAJECTORIES) $(ARGS) || test $$? -eq 1
 	@echo "critic: $(CRITIC)$(if $(filter rules,$(CRITIC)), (observable evidence only; this version has no model critic))"
 	@$(BIN)/srft-prep label $(TRAJECTORIES) --critic $(CRITIC) $(if $(MODEL),--model $(MODEL)) \
-		--only $(ONLY) -o $(OUT)/labels || test $$? -eq 1
+		--only $(ONLY) -o $(OUT)/labels $(ARGS) || test $$? -eq 1
 
 .PHONY: tokenize
-tokenize: $(VENV)/.base  ## Token ids and step spans: DATA=... OUT=... TOKENIZER=...
-	@$(BIN)/srft-prep tokenize $(TRAJECTORIES) --tokenizer $(TOKENIZER) -o $(OUT)/tokens || test $$? -eq 1
+tokenize: $(VENV)/.base  ## Token ids and step spans: OUT=... TOKENIZER=PATH_OR_ID
+	@test -n "$(TOKENIZER)" || { echo "give the student's tokenizer: TOKENIZER=PATH_OR_ID"; exit 2; }
+	@$(BIN)/srft-prep tokenize $(TRAJECTORIES) --tokenizer $(TOKENIZER) -o $(OUT)/tokens $(ARGS) || test $$? -eq 1
 
 .PHONY: pack
 pack: $(VENV)/.base  ## Packed, weighted shards: OUT=... [RECIPE=... SEQ_LEN=...]
 	@$(BIN)/srft-prep pack $(OUT)/tokens --labels $(OUT)/labels --recipe $(RECIPE) \
-		--seq-len $(SEQ_LEN) -o $(OUT)/shards-$(RECIPE) || test $$? -eq 1
+		--seq-len $(SEQ_LEN) -o $(OUT)/shards-$(RECIPE) $(ARGS) || test $$? -eq 1
 
 .PHONY: test
 test: $(VENV)/.dev  ## Set up and run all tests that can run here

@@ -1,12 +1,12 @@
 """How good are the rules? Measures them against human labels, beside the trivial critics.
 
-    python benchmarks/rules_quality.py [--set trail_swe] [--data ../shared/data/human_labels]
+    python benchmarks/rules_quality.py [--set trail_swe]... [--data ../shared/data/human_labels]
 
 Rows: the rules, everything harmful, nothing harmful. The gold sets mark harmful steps only, so a
 step that the rules call unnecessary counts as not harmful. `within 1` counts a flag as right where
 the step or the one after it is marked: annotators often mark the step that sees an error instead of
 the one that made it (on trail_swe, 13 of 16 steps after a crash are marked, and 7 of 16 crashes).
-Each rule's row counts it alone, before precedence. The last line of stdout is one JSON document.
+Each rule's row counts it alone, before precedence. The last line of stdout is one JSON document. Without the label sets there is nothing to measure.
 """
 
 import argparse
@@ -150,9 +150,13 @@ def main() -> None:
     """Print the table of the sets asked for, then the JSON document."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the gold sets")
-    parser.add_argument("--set", action="append", dest="sets", help="repeatable; trail_swe")
+    parser.add_argument("--set", action="append", dest="sets", help="repeatable; default: all")
     options = parser.parse_args()
-    results = [measure(options.data / name) for name in options.sets or ["trail_swe"]]
+    if not options.data.is_dir():
+        sys.stdout.write(f"not run: no label sets at {options.data} (give --data)\n")
+        return
+    names = options.sets or ["trail_swe", "trail_gaia", "who_and_when"]
+    results = [measure(options.data / name) for name in names]
     for result in results:
         sys.stdout.write(table(result) + "\n\n")
     sys.stdout.write(orjson.dumps({"benchmark": "rules_quality", "sets": results}).decode() + "\n")

@@ -28,7 +28,7 @@ from srft_prep.types import Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
 
     Encoded = tuple[NDArray[np.int32], tuple[tuple[int, int, int], ...]]
 
@@ -63,12 +63,12 @@ class TokenizerSpec:
     @property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the backend."""
-        return hashlib.sha256(self.backend.encode()).hexdigest()
+        return _sha256(self.backend)
 
     @property
     def template_hash(self) -> str:
         """SHA-256 of the template."""
-        return hashlib.sha256(self.template.encode()).hexdigest()
+        return _sha256(self.template)
 
     def describe(self) -> dict[str, Any]:
         """Return the tokenizer's entry in a manifest."""
@@ -83,25 +83,25 @@ class TokenizerSpec:
         return LoadedTokenizer(self)
 
 
+def load_backend(source: str) -> "tuple[Tokenizer, str]":
+    """Load a tokenizer without its template; return its backend and its `tokenizer_hash`.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or it has no fast backend.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    text = _from_pretrained(source).backend_tokenizer.to_str()
+    return Backend.from_str(text), _sha256(text)
+
+
 def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
     """Load a tokenizer from a folder or the hub, and its chat template or the one given.
 
     Raises:
         ConfigError: there is no such tokenizer, it has no fast backend, or there is no template.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer
-
-    path = tokenizer_path(source)
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
-        raise ConfigError(f"--tokenizer {source}: there is no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # noqa: BLE001 - all that tokenizers raises is a bare Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"--tokenizer {source}: cannot be loaded: {reason}") from None
-    if not getattr(tokenizer, "backend_tokenizer", None):
-        raise ConfigError(f"--tokenizer {source}: has no tokenizer.json; a fast one is needed")
+    tokenizer = _from_pretrained(source)
     template = tokenizer.chat_template
     if chat_template is not None:
         try:
@@ -125,6 +125,24 @@ def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
     )
 
 
+def _from_pretrained(source: str) -> Any:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer
+
+    path = tokenizer_path(source)
+    if path.startswith(("/", ".")) and not Path(path).is_dir():
+        found = "a file; give its folder" if Path(path).exists() else "there is no such folder"
+        raise ConfigError(f"--tokenizer {source}: {found}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # noqa: BLE001 - all that tokenizers raises is a bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"--tokenizer {source}: cannot be loaded: {reason}") from None
+    if not getattr(tokenizer, "backend_tokenizer", None):
+        raise ConfigError(f"--tokenizer {source}: has no tokenizer.json; a fast one is needed")
+    return tokenizer
+
+
 def tokenizer_path(source: str) -> str:
     """Return the folder or hub id of a tokenizer's name."""
     if source == EXAMPLE_TOKENIZER:
@@ -136,10 +154,10 @@ class LoadedTokenizer:
     """A backend and a compiled template."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer as Backend
 
         self.spec = spec
-        self.backend: Tokenizer = Tokenizer.from_str(spec.backend)
+        self.backend: Tokenizer = Backend.from_str(spec.backend)
         # What a tokenizer.json may ask for beside ids, and `apply_chat_template` does not do:
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -313,3 +331,7 @@ def _first_name(tool_calls: str) -> str:
 
     name: str = orjson.loads(tool_calls)[0]["function"]["name"]
     return name
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,6 +5,7 @@ Exit status: 0 all done, 1 done but some records were rejected or failed, 2 a us
 configuration error (nothing written), 130 interrupted (the same command continues).
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +62,7 @@ def inspect(
     """
     from srft_prep.inspection import show
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect ... | head` ends like any pipe
     for line, style in show(directory, trajectory_id, labels=labels, full=full):
         click.echo(click.style(line, **style), color=color)
 
@@ -99,9 +101,6 @@ def main() -> NoReturn:
     except SrftError as error:
         click.echo(f"Error: {error}", err=True)
         status = 2
-    except BrokenPipeError:
-        sys.stderr.close()
-        status = 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"Error: {where}{error.strerror or error}", err=True)

@@ -5,13 +5,14 @@ Nothing heavy is imported before a command runs, so that `--help` and usage erro
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import orjson
 
-from srft_prep.config import DEFAULT_SEQ_LEN
+from srft_prep.config import DEFAULT_SEQ_LEN, MAX_INTEGER
 from srft_prep.errors import ConfigError
 from srft_prep.readers import READERS
 from srft_prep.weights import RECIPES, parse_weights
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUTPUT = click.Path(file_okay=False, path_type=Path)
+
+MAX_COUNT = 2**31 - 1
 
 output_option = click.option(
     "-o", "--output", type=OUTPUT, required=True, help="Directory to write; made if need be."
@@ -52,19 +55,32 @@ json_option = click.option(
     help="SWE-bench report.json or run summary, a folder of them, or CSV/JSONL with "
     "instance_id,resolved. Repeatable.",
 )
-@click.option("--exclude", type=FILE, help="Instance ids or repositories to keep out, one a line.")
 @click.option(
-    "--max-per-instance", type=click.IntRange(min=1), help="Take at most K runs of an instance."
+    "--exclude",
+    type=FILE,
+    help="Instance ids or repositories to keep out, one a line, or CSV/JSONL with instance_id.",
+)
+@click.option(
+    "--max-per-instance",
+    type=click.IntRange(1, MAX_COUNT),
+    help="Take at most K runs of an instance.",
 )
 @click.option("--keep-duplicates", is_flag=True, help="Keep runs with exactly the same messages.")
 @click.option("--system-prompt", type=FILE, help="Text that replaces every run's system prompt.")
 @click.option(
     "--sample",
     metavar="OUTCOME=N,...",
-    help="Draw N runs an outcome: resolved=5000,unresolved=5000.",
+    help="Draw N runs an outcome: resolved=5000,unresolved=5000. Outcomes that are not named "
+    "(unknown, here) are left out.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sample.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take at most N runs.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_INTEGER),
+    default=0,
+    show_default=True,
+    help="Seed of the sample.",
+)
+@click.option("--limit", type=click.IntRange(1, MAX_COUNT), help="Take at most N runs.")
 @overwrite_option
 @json_option
 def ingest(
@@ -87,22 +103,26 @@ def ingest(
     SOURCES are files, folders or globs: JSON, JSONL and Parquet, also .gz and .zst. Records that
     are no trajectory go to rejected.jsonl with file, line and reason.
     """
-    from srft_prep.config import IngestConfig
+    from srft_prep.config import IngestConfig, parse_sample
     from srft_prep.exclusion import read_exclusions
-    from srft_prep.ingest import ingest as run
-    from srft_prep.ingest import parse_sample
-    from srft_prep.progress import shown
 
+    prompt = _read_text(system_prompt) if system_prompt else None
+    if prompt is not None and not prompt.strip():
+        raise ConfigError(f"{system_prompt}: expected a system prompt, the file is empty")
     config = IngestConfig(
         format=format_name,
-        sample=parse_sample(sample) if sample else None,
+        sample=parse_sample(sample) if sample is not None else None,
         seed=seed,
         limit=limit,
         max_per_instance=max_per_instance,
         keep_duplicates=keep_duplicates,
-        system_prompt=_read_text(system_prompt) if system_prompt else None,
+        system_prompt=prompt,
         exclude=read_exclusions(exclude) if exclude else (),
     )
+    from srft_prep.hints import ingest_hints
+    from srft_prep.ingest import ingest as run
+    from srft_prep.progress import shown
+
     with shown("ingest", total=None, unit="trajectories") as progress:
         manifest = run(
             sources,
@@ -114,6 +134,8 @@ def ingest(
             progress=progress,
         )
     counts = manifest.counts
+    for hint in ingest_hints(config, counts, outcomes_given=bool(outcomes)):
+        click.echo(hint, err=True)
     if counts["rejected"]:
         click.echo(f"rejected records, with reasons: {output / 'rejected.jsonl'}", err=True)
     _finish(manifest, as_json, failed=counts["rejected"] > 0)
@@ -139,6 +161,11 @@ def ingest(
     help="Which trajectories; an unknown outcome counts as unresolved.",
 )
 @click.option("--retry-failed", is_flag=True, help="Ask again what failed in an earlier run.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Write the tables anew for another critic or question; the ledger keeps all answers.",
+)
 @json_option
 def label(
     trajectories: Path,
@@ -147,6 +174,7 @@ def label(
     model: str | None,
     only: Any,
     retry_failed: bool,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Let a critic label every step of the TRAJECTORIES good, unnecessary or harmful."""
@@ -173,12 +201,18 @@ def label(
                 critic,
                 config,
                 retry_failed=retry_failed,
+                overwrite=overwrite,
                 command=_command(),
                 progress=progress,
             )
     finally:
         critic.close()
-    _finish(manifest, as_json, failed=manifest.counts["failures"] > 0)
+    for failure in manifest.data["first_failures"]:
+        click.echo(f"failed: {failure}", err=True)
+    if manifest.counts["failures"]:
+        click.echo(f"all in {output / 'requests.parquet'}", err=True)
+    data = {**manifest.data, "counts": {**manifest.counts, **manifest.run}}
+    _finish(replace(manifest, data=data), as_json, failed=manifest.counts["failures"] > 0)
 
 
 @click.command()
@@ -262,7 +296,7 @@ def tokenize(
 @click.option("--soft", is_flag=True, help="Weight by the label probabilities' expected value.")
 @click.option(
     "--seq-len",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1 << 24),
     default=DEFAULT_SEQ_LEN,
     show_default=True,
     help="Tokens in a packed sequence, at most.",
@@ -282,7 +316,18 @@ def tokenize(
     show_default=True,
     help="A step without a label: leave its trajectory out, give it weight 0, or stop.",
 )
-@click.option("--shuffle-seed", type=int, default=0, show_default=True, help="Seed of the order.")
+@click.option(
+    "--drop-weightless",
+    is_flag=True,
+    help="Leave out documents without a weighted token, which change no gradient.",
+)
+@click.option(
+    "--shuffle-seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the order.",
+)
 @overwrite_option
 @json_option
 def pack(
@@ -295,6 +340,7 @@ def pack(
     seq_len: int,
     overlong: Any,
     missing_label: Any,
+    drop_weightless: bool,
     shuffle_seed: int,
     overwrite: bool,
     as_json: bool,
@@ -311,6 +357,7 @@ def pack(
         seq_len=seq_len,
         overlong=overlong,
         missing_label=missing_label,
+        drop_weightless=drop_weightless,
         shuffle_seed=shuffle_seed,
     )
     with shown("pack", total=None, unit="sequences") as progress:
@@ -322,6 +369,17 @@ def pack(
             overwrite=overwrite,
             command=_command(),
             progress=progress,
+        )
+    if missing := manifest.counts["missing_label"]:
+        click.echo(
+            f"{missing} trajectories of which {recipe} weights the steps by label lack some "
+            f"({missing_label}): see label --only and label --retry-failed",
+            err=True,
+        )
+    if (weightless := manifest.counts["weightless"]) and not drop_weightless:
+        click.echo(
+            f"{weightless} documents carry no weighted token; --drop-weightless leaves them out",
+            err=True,
         )
     _finish(manifest, as_json, failed=manifest.counts["missing_label"] > 0)
 

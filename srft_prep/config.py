@@ -7,10 +7,18 @@ A stage's configuration goes into its manifest and, with the hashes of its input
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from srft_prep.errors import ConfigError
+
 Overlong = Literal["truncate", "windows", "drop", "error"]
 History = Literal["auto", "full", "per-step"]
 MissingLabel = Literal["drop", "mask", "error"]
 Only = Literal["unresolved", "resolved", "all"]
+
+OUTCOMES: Final = {True: "resolved", False: "unresolved", None: "unknown"}
+"""The words for a trajectory's outcome, in code, on the command line and in counts."""
+
+MAX_INTEGER: Final = 2**63 - 1
+"""Largest number that a manifest and a Parquet column can hold."""
 
 DEFAULT_SEQ_LEN: Final = 32_768
 """The paper's student is trained at its full context of 32k tokens."""
@@ -80,7 +88,31 @@ class PackConfig:
     """What happens to a trajectory longer than `seq_len`."""
     missing_label: MissingLabel = "drop"
     """What happens to a trajectory that the recipe weights by labels and that lacks one."""
+    drop_weightless: bool = False
+    """Leave out documents without a weighted token: they cost compute and change no gradient."""
     shuffle_seed: int = 0
     """Seed of the order of the packed sequences."""
     shard_tokens: int = 1 << 24
     """Tokens in a shard file, about."""
+
+
+def parse_sample(text: str) -> dict[str, int]:
+    """Return the numbers of `resolved=5000,unresolved=5000`.
+
+    Raises:
+        ConfigError: another form, an unknown outcome, one that is named twice, or a number that is
+            negative or beyond 64 bits.
+    """
+    sample: dict[str, int] = {}
+    for item in text.split(","):
+        word, _, number = item.strip().partition("=")
+        if word not in OUTCOMES.values() or not number.isdecimal():
+            raise ConfigError(
+                f"--sample: expected resolved=N,unresolved=N[,unknown=N], got {item.strip()!r}"
+            )
+        if word in sample:
+            raise ConfigError(f"--sample: expected one number for {word}, got two in {text!r}")
+        if len(number) > 19 or int(number) > MAX_INTEGER:
+            raise ConfigError(f"--sample: {word}: expected at most {MAX_INTEGER}, got {number:.40}")
+        sample[word] = int(number)
+    return sample

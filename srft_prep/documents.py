@@ -95,7 +95,7 @@ def _windows(spans: Sequence[Span], seq_len: int) -> Iterator[tuple[int, int, ra
     A later window replays what came before its first step as context of weight 0: as many whole
     steps as fit into half a window, and more rather than less where a step follows a long
     observation. Only where one observation alone is longer than a window does a window start
-    within it. A step that is longer than a window is left out.
+    within it. A step that fills a window or more is left out.
     """
     first = start = 0
     while first < len(spans):
@@ -103,8 +103,10 @@ def _windows(spans: Sequence[Span], seq_len: int) -> Iterator[tuple[int, int, ra
         while last < len(spans) and spans[last][2] - start <= seq_len:
             last += 1
         if last == first:  # the context is too long for even one step
-            start = max(spans[first][2] - seq_len, start)
-            if start > spans[first][1]:
+            earliest = spans[first][2] - seq_len
+            behind = (end for _, _, end in spans[:first] if end >= earliest)
+            start = next(behind, earliest)
+            if start >= spans[first][1]:  # a token of context is needed to predict the first one
                 first += 1
                 continue
             last = first + 1

@@ -3,8 +3,7 @@
 Streams: memory holds one part (at most `PART_BYTES` of text or `PART_ROWS` trajectories), and of
 everything read before only a hash, an id and a count of each. A part's journal entry says where
 the next one begins, so that an interrupted run goes on there. A sample is drawn afterwards, from
-the finished parts: every trajectory has a pseudo-random rank made of seed and content, and the
-lowest ranks of each outcome win, whatever the order of the files.
+the finished parts (`sampling`).
 """
 
 import hashlib
@@ -19,13 +18,15 @@ import orjson
 import polars as pl
 import pyarrow.parquet as pq
 
+from srft_prep.config import OUTCOMES as OUTCOMES  # verification takes it from here
 from srft_prep.config import IngestConfig
 from srft_prep.errors import ConfigError, FormatError
-from srft_prep.exclusion import Exclusion
+from srft_prep.exclusion import Exclusion, names_instance
 from srft_prep.outcomes import Outcomes, outcomes_in, read_outcomes, report_files
 from srft_prep.progress import Progress, Silent
 from srft_prep.readers import reader_of
 from srft_prep.records import Record, discover, printable, records
+from srft_prep.sampling import draw_sample
 from srft_prep.storage import Manifest, StageWriter, atomic_path, write_table
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import Message, Trajectory
@@ -34,7 +35,6 @@ PART_ROWS: Final = 256
 PART_BYTES: Final = 32 << 20
 ROW_GROUP_ROWS: Final = 32
 REJECTED: Final = "rejected.jsonl"
-OUTCOMES: Final = {True: "resolved", False: "unresolved", None: "unknown"}
 
 
 @dataclass(slots=True)
@@ -42,6 +42,12 @@ class _Batch:
     """The part being filled, and what happened while it was."""
 
     trajectories: list[Trajectory] = field(default_factory=list)
+    joins: list[str | None] = field(default_factory=list)
+    """What the reports said of each trajectory: the name of a count, or None for nothing."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Where in the batch the first trajectory of a content hash is."""
+    matched: set[str] = field(default_factory=set)
+    """The exclusions that kept a run out."""
     num_bytes: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -59,14 +65,17 @@ class _Seen:
     """What decides whether a trajectory is taken, besides itself."""
 
     exclusion: Exclusion
-    hashes: set[str] = field(default_factory=set)
+    outcomes: dict[str, bool | None] = field(default_factory=dict)
+    """The outcome of the first trajectory of every content hash."""
     ids: set[str] = field(default_factory=set)
     copies: Counter[str] = field(default_factory=Counter)
     """How many trajectories of an id are known to be taken."""
     per_instance: Counter[str] = field(default_factory=Counter)
 
-    def add(self, *, trajectory_id: str, instance_id: str, content_hash: str) -> None:
-        self.hashes.add(content_hash)
+    def add(
+        self, *, trajectory_id: str, instance_id: str, content_hash: str, resolved: bool | None
+    ) -> None:
+        self.outcomes.setdefault(content_hash, resolved)
         self.ids.add(trajectory_id)
         self.per_instance[instance_id] += 1
 
@@ -87,7 +96,8 @@ def ingest(
     say how many were rejected, excluded, duplicates, and so on.
 
     Raises:
-        ConfigError: a source or report does not exist, or the output cannot be written to.
+        ConfigError: a source or report does not exist, a source is the output of a stage, or the
+            output cannot be written to.
     """
     files = _outside(output, discover(sources))
     found = read_outcomes(outcomes, sources=files)
@@ -102,9 +112,13 @@ def ingest(
         entries = _convert(files, folder, config, writer, found, progress or Silent())
         counts = _total(entry["counts"] for entry in entries)
         counts["outcome_files_damaged"] = found.num_damaged_files
+        if config.exclude:
+            matched = {name for entry in entries for name in entry.get("matched", ())}
+            counts["exclusions_without_run"] = len(set(config.exclude) - matched)
         names = [entry["name"] for entry in entries if entry["name"]]
         if config.sample:
-            names = _draw_sample(folder, names, output, config, counts)
+            parts = [folder / name for name in names]
+            names = draw_sample(parts, output, config, counts=counts, row_group_rows=ROW_GROUP_ROWS)
         counts |= _describe_parts([output / name for name in names])
         with atomic_path(output / REJECTED) as temporary, temporary.open("wb") as file:
             for number in range(len(entries)):
@@ -192,14 +206,15 @@ def _take(
         origin = record.origin
         batch.rejected.append({"file": str(origin.path), "line": origin.line, "reason": str(error)})
         return
-    trajectory = _with_outcome(trajectory, record, batch, outcomes)
+    trajectory, join = _with_outcome(trajectory, record, outcomes)
     if config.system_prompt is not None:
         trajectory = _with_system_prompt(trajectory, config.system_prompt)
     instance = trajectory.instance_id
-    if seen.exclusion.covers(instance):
+    if matched := seen.exclusion.matches_run(trajectory):
         batch.counts["excluded"] += 1
-    elif not config.keep_duplicates and trajectory.content_hash in seen.hashes:
-        batch.counts["duplicates"] += 1
+        batch.matched |= matched
+    elif not config.keep_duplicates and trajectory.content_hash in seen.outcomes:
+        _learn_from_copy(trajectory, join, batch, seen)
     elif (
         config.max_per_instance is not None
         and instance
@@ -207,31 +222,58 @@ def _take(
     ):
         batch.counts["over_max_per_instance"] += 1
     else:
+        if seen.exclusion and not names_instance(trajectory):
+            batch.counts["not_checked_for_exclusion"] += 1
         trajectory = _with_unique_id(trajectory, seen)
         seen.add(
             trajectory_id=trajectory.trajectory_id,
             instance_id=instance,
             content_hash=trajectory.content_hash,
+            resolved=trajectory.resolved,
         )
+        batch.places.setdefault(trajectory.content_hash, len(batch.trajectories))
         batch.trajectories.append(trajectory)
+        batch.joins.append(join)
         batch.num_bytes += _size(trajectory)
 
 
+def _learn_from_copy(copy: Trajectory, join: str | None, batch: _Batch, seen: _Seen) -> None:
+    """Count a copy of a trajectory that was taken; give that one its outcome while it can be."""
+    batch.counts["duplicates"] += 1
+    known = seen.outcomes[copy.content_hash]
+    place = batch.places.get(copy.content_hash)
+    if copy.resolved is None or copy.resolved == known:
+        return
+    if known is not None:
+        batch.counts["duplicates_with_other_outcome"] += 1
+    elif place is None:
+        batch.counts["duplicates_with_outcome"] += 1
+    else:
+        batch.trajectories[place] = replace(batch.trajectories[place], resolved=copy.resolved)
+        batch.joins[place] = join
+        seen.outcomes[copy.content_hash] = copy.resolved
+
+
 def _with_outcome(
-    trajectory: Trajectory, record: Record, batch: _Batch, outcomes: Outcomes
-) -> Trajectory:
-    """Join the outcome of the reports; the run's own word wins, a conflict is counted."""
+    trajectory: Trajectory, record: Record, outcomes: Outcomes
+) -> tuple[Trajectory, str | None]:
+    """Return the trajectory with the reports' outcome, and the count that this adds to.
+
+    The run's own word wins.
+    """
     found = outcomes.find(
         instance_id=trajectory.instance_id,
         trajectory_id=trajectory.trajectory_id,
         path=record.origin.path,
     )
+    if not found:
+        return trajectory, None
     if trajectory.resolved is not None:
-        batch.counts["outcome_conflicts"] += found == {not trajectory.resolved}
-        return trajectory
-    batch.counts["outcomes_joined"] += len(found) == 1
-    batch.counts["outcomes_ambiguous"] += len(found) > 1
-    return replace(trajectory, resolved=found.pop()) if len(found) == 1 else trajectory
+        agrees = trajectory.resolved in found
+        return trajectory, "outcomes_confirmed" if agrees else "outcome_conflicts"
+    if len(found) > 1:
+        return trajectory, "outcomes_ambiguous"
+    return replace(trajectory, resolved=found.pop()), "outcomes_joined"
 
 
 def _with_system_prompt(trajectory: Trajectory, text: str) -> Trajectory:
@@ -252,10 +294,10 @@ def _with_unique_id(trajectory: Trajectory, seen: _Seen) -> Trajectory:
 
 
 def _size(trajectory: Trajectory) -> int:
-    return sum(
-        len(message.content or "") + len(message.tool_calls or "") + 64
-        for message in trajectory.messages
-    )
+    texts = [trajectory.patch, trajectory.tools]
+    for message in trajectory.messages:
+        texts += [message.content, message.reasoning_content, message.tool_calls]
+    return sum(len(text) for text in texts if text) + 64 * len(trajectory.messages)
 
 
 def _commit(
@@ -274,7 +316,8 @@ def _commit(
     entry = {
         "name": name,
         "rows": len(batch.trajectories),
-        "counts": dict(batch.counts),
+        "counts": dict(batch.counts + Counter(join for join in batch.joins if join)),
+        "matched": sorted(batch.matched),
         "rejected": batch.rejected,
         "next_file": position[0],
         "next_record": position[1],
@@ -285,44 +328,9 @@ def _commit(
 
 
 def _remember(part: Path, seen: _Seen) -> None:
-    columns = ["trajectory_id", "instance_id", "content_hash"]
+    columns = ["trajectory_id", "instance_id", "content_hash", "resolved"]
     for row in pq.read_table(part, columns=columns).to_pylist():
         seen.add(**row)
-
-
-def _draw_sample(
-    folder: Path, names: list[str], output: Path, config: IngestConfig, counts: dict[str, Any]
-) -> list[str]:
-    """Copy the sampled rows of the converted parts to the output; return the new parts' names."""
-    wanted = config.sample or {}
-    columns = {"trajectory_id": pl.String, "content_hash": pl.String, "resolved": pl.Boolean}
-    parts = [folder / name for name in names]
-    rows = pl.read_parquet(parts, columns=list(columns)) if parts else pl.DataFrame(schema=columns)
-    chosen: set[str] = set()
-    for outcome, word in OUTCOMES.items():
-        of_outcome = rows.filter(pl.col("resolved").eq_missing(outcome))
-        pairs = zip(of_outcome["content_hash"], of_outcome["trajectory_id"], strict=True)
-        ranked = sorted(pairs, key=lambda pair: _rank(config.seed, *pair))
-        kept = ranked[: wanted.get(word, 0)]
-        counts[f"not_sampled_{word}"] = len(ranked) - len(kept)
-        counts[f"missing_for_sample_{word}"] = wanted.get(word, 0) - len(kept)
-        chosen.update(trajectory_id for _, trajectory_id in kept)
-    if config.limit is not None:
-        order = {key: rank for rank, key in enumerate(rows["trajectory_id"])}
-        chosen = set(sorted(chosen, key=order.__getitem__)[: config.limit])
-    written: list[str] = []
-    for name in names:
-        table = pq.read_table(folder / name)
-        mask = [key.as_py() in chosen for key in table["trajectory_id"]]
-        if any(mask):
-            written.append(f"part-{len(written):05d}.parquet")
-            write_table(table.filter(mask), output / written[-1], row_group_rows=ROW_GROUP_ROWS)
-    return written
-
-
-def _rank(seed: int, content_hash: str, trajectory_id: str) -> tuple[str, str]:
-    key = f"{seed}:{content_hash}".encode()
-    return hashlib.blake2b(key, digest_size=16).hexdigest(), trajectory_id
 
 
 def _describe_sources(files: list[Path], sources: Sequence[str]) -> dict[str, Any]:
@@ -335,10 +343,13 @@ def _describe_sources(files: list[Path], sources: Sequence[str]) -> dict[str, An
     common = os.path.commonpath([path.absolute().parent for path in files])
     for path in files:
         digest.update(os.fsencode(path.absolute().relative_to(common)) + b"\0")
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            size += path.stat().st_size
+        try:
+            if path.is_file():
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                size += path.stat().st_size
+        except OSError as error:  # `records` rejects the file
+            digest.update(f"cannot be read: {error.strerror}\0".encode())
     return {
         "path": [printable(source) for source in sources],
         "files": len(files),
@@ -353,7 +364,13 @@ def _describe_outcomes(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 def _total(counts: Iterable[dict[str, int]]) -> dict[str, Any]:
     total = Counter(
-        rejected=0, excluded=0, duplicates=0, over_max_per_instance=0, outcomes_joined=0
+        rejected=0,
+        excluded=0,
+        duplicates=0,
+        over_max_per_instance=0,
+        outcomes_joined=0,
+        outcomes_ambiguous=0,
+        outcome_conflicts=0,
     )
     for each in counts:
         total.update(each)
@@ -372,20 +389,3 @@ def _describe_parts(parts: list[Path]) -> dict[str, Any]:
         "outcomes": dict(sorted(by_outcome.items())),
         "formats": dict(sorted(Counter(rows["format"]).items())),
     }
-
-
-def parse_sample(text: str) -> dict[str, int]:
-    """Return the numbers of `resolved=5000,unresolved=5000`.
-
-    Raises:
-        ConfigError: another form, an unknown outcome, or a negative number.
-    """
-    sample: dict[str, int] = {}
-    for item in text.split(","):
-        word, _, number = item.strip().partition("=")
-        if word not in OUTCOMES.values() or not number.isdecimal():
-            raise ConfigError(
-                f"--sample: expected resolved=N,unresolved=N[,unknown=N], got {item.strip()!r}"
-            )
-        sample[word] = int(number)
-    return sample

@@ -245,12 +245,11 @@ def _decoder(source: str, hashes: dict[str, Any]) -> Callable[[Sequence[int]], s
     Raises:
         ConfigError: the tokenizer is not there, or is another one than the tokens were made with.
     """
-    from srft_prep.chat import load_spec
+    from srft_prep.chat import load_backend
 
-    spec = load_spec(source)
-    if spec.tokenizer_hash != hashes["tokenizer_hash"]:
+    backend, tokenizer_hash = load_backend(source)
+    if tokenizer_hash != hashes["tokenizer_hash"]:
         raise ConfigError(f"{source}: is not the tokenizer that these tokens were made with")
-    backend = spec.load().backend
 
     def decode(ids: Sequence[int]) -> str:
         return backend.decode(ids, skip_special_tokens=False)

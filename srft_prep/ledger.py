@@ -26,6 +26,9 @@ Key = tuple[str, str, str, str]
 
 _NAME: Final = re.compile(r"ledger-(\d+)\.jsonl")
 
+_MAX_STEPS: Final = 1 << 31
+"""`step_index` is an int32."""
+
 USAGE: Final = (
     "prompt_tokens",
     "cached_tokens",
@@ -43,6 +46,8 @@ class _Place(NamedTuple):
     offset: int
     length: int
     failed: bool
+    num_steps: int | None
+    """Labels, where they are those of the steps 0, 1, ... in any order; None where not."""
 
 
 class Ledger:
@@ -51,7 +56,7 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_damaged = 0
-        """Lines that could not be read, other than a file's torn last one."""
+        """Lines that could not be read or used, other than a file's torn last one."""
         self._places: dict[Key, _Place] = {}
         self._earlier: dict[Key, list[_Place]] = {}
         self._files: list[BinaryIO] = []
@@ -83,6 +88,13 @@ class Ledger:
         place = self._places.get(key)
         return place is not None and (failed or not place.failed)
 
+    def drop_unless_complete(self, key: Key, *, num_steps: int) -> None:
+        """Take a key's line for damaged, but paid, if its labels are not one for each step."""
+        place = self._places.get(key)
+        if place is not None and not place.failed and place.num_steps != num_steps:
+            self._earlier.setdefault(key, []).append(self._places.pop(key))
+            self.num_damaged += 1
+
     def get(self, key: Key) -> dict[str, Any] | None:
         """Return a key's newest line, or None."""
         place = self._places.get(key)
@@ -97,19 +109,23 @@ class Ledger:
 
     def append(self, key: Key, reply: CriticReply) -> None:
         """Write one finished request down."""
-        line = orjson.dumps(_entry(key, reply)) + b"\n"
+        entry = _entry(key, reply)
+        line = orjson.dumps(entry) + b"\n"
         if self._writer is None:
             self._open_writer()
         assert self._writer is not None
         offset = self._writer.tell()
         self._writer.write(line)
         self._writer.flush()
-        self._add(key, offset, len(line), failed=reply.failure is not None)
+        self._add(key, offset, len(line), entry)
 
-    def _add(self, key: Key, offset: int, length: int, *, failed: bool) -> None:
+    def _add(self, key: Key, offset: int, length: int, entry: dict[str, Any]) -> None:
         if key in self._places:
             self._earlier.setdefault(key, []).append(self._places[key])
-        self._places[key] = _Place(len(self._files) - 1, offset, length, failed)
+        steps = sorted(row["step_index"] for row in entry["labels"])
+        num_steps = len(steps) if steps == list(range(len(steps))) else None
+        failed = entry["failure"] is not None
+        self._places[key] = _Place(len(self._files) - 1, offset, length, failed, num_steps)
 
     def _read(self, place: "_Place") -> dict[str, Any]:
         line = os.pread(self._files[place.file].fileno(), place.length, place.offset)
@@ -128,10 +144,9 @@ class Ledger:
         self._files.append(file)
         offset = 0
         for line in file:
-            key_and_failure = _read_key(line)
-            if key_and_failure is not None:
-                key, failed = key_and_failure
-                self._add(key, offset, len(line), failed=failed)
+            entry = _read_entry(line)
+            if entry is not None:
+                self._add(_key_in(entry), offset, len(line), entry)
             elif line.endswith(b"\n"):
                 self.num_damaged += 1
             offset += len(line)
@@ -174,27 +189,39 @@ def _entry(key: Key, reply: CriticReply) -> dict[str, Any]:
     }
 
 
-def _read_key(line: bytes) -> tuple[Key, bool] | None:
-    """Return a line's key and whether it is a failure; None where it is no whole, sound entry."""
+def _read_entry(line: bytes) -> dict[str, Any] | None:
+    """Return a line's entry; None where it is no whole, sound one."""
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = orjson.loads(line)
-        key = tuple(entry[name] for name in ("content_hash", "critic_id", "prompt_hash", "part"))
+        entry: dict[str, Any] = orjson.loads(line)
         sound = (
-            all(isinstance(value, str) for value in key)
+            all(isinstance(value, str) for value in _key_in(entry))
             and all(isinstance(entry[name], int | float) for name in USAGE)
             and isinstance(entry["failure"], str | None)
+            and isinstance(entry["labels"], list)
             and all(_is_label(row) for row in entry["labels"])
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return None
-    return ((key[0], key[1], key[2], key[3]), entry["failure"] is not None) if sound else None
+    return entry if sound else None
+
+
+def _key_in(entry: dict[str, Any]) -> Key:
+    return entry["content_hash"], entry["critic_id"], entry["prompt_hash"], entry["part"]
 
 
 def _is_label(row: dict[str, Any]) -> bool:
+    """Return whether a row can stand in `labels.parquet`."""
     return (
         row["label"] in LABELS
         and type(row["step_index"]) is int
+        and 0 <= row["step_index"] < _MAX_STEPS
+        and all(_is_probability(row.get(f"p_{name}")) for name in LABELS)
+        and isinstance(row.get("rationale"), str | None)
         and row.keys() <= StepLabel.__dataclass_fields__.keys()
     )
+
+
+def _is_probability(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value <= 1)

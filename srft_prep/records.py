@@ -19,6 +19,7 @@ import orjson
 
 from srft_prep.errors import ConfigError
 from srft_prep.readers import Origin, describe, recognised
+from srft_prep.storage import MANIFEST, PROGRESS
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -30,6 +31,7 @@ SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".traj", ".parquet")
 """Endings of the files that are taken from a folder, also with `.gz` or `.zst` behind them."""
 
 PARQUET_BATCH_ROWS: Final = 32
+_STAGES: Final = ("ingest", "label", "tokenize", "pack")
 _PIECE_KEYS: Final = frozenset({"role", "from", "action", "observation"})
 """Keys of messages and events, which no run has at its top."""
 
@@ -53,15 +55,17 @@ def discover(sources: Sequence[str]) -> list[Path]:
     """Return the files named by paths, folders and globs, each once, in a stable order.
 
     A folder without any file of a known ending stays in the list as itself, and so does what looks
-    like a file and cannot be read (a broken link, a pipe): `records` rejects it.
+    like a file and cannot be read (a broken link, a pipe): `records` rejects it. What srft-prep
+    itself wrote, finished or not, is left out: it would be taken for runs of another format.
 
     Raises:
-        ConfigError: a path does not exist, or a glob matches nothing.
+        ConfigError: a path does not exist, a glob matches nothing, or a source is or lies in
+            srft-prep's own output.
     """
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(source)
-        if path.exists() or path.is_symlink():
+        if _is_there(path):
             matches = [path]
         elif has_magic(source):
             matches = [Path(match) for match in sorted(glob(source, recursive=True))]
@@ -69,20 +73,58 @@ def discover(sources: Sequence[str]) -> list[Path]:
             matches = []
         if not matches:
             raise ConfigError(f"{source}: no such file or folder")
-        for match in matches:
-            found.update(dict.fromkeys(_files_in(match) if match.is_dir() else [match]))
+        folders = {match: match if _is_folder(match) else match.parent for match in matches}
+        stages = {folder: _stage_of(folder) for folder in set(folders.values())}
+        raw = [match for match in matches if stages[folders[match]] is None]
+        if not raw:
+            stage = stages[folders[matches[0]]]
+            raise ConfigError(f"{source}: is the output of {stage}; give the raw runs")
+        for match in raw:
+            found.update(dict.fromkeys(_files_in(match) if _is_folder(match) else [match]))
     return list(found)
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except PermissionError:
+        return True  # `records` rejects it with the reason
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:
+        return False
+
+
 def _files_in(folder: Path) -> list[Path]:
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
-        and not path.is_dir()
-    ]
-    return files or [folder]
+    files: list[Path] = []
+
+    def keep(error: OSError) -> None:
+        files.append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=keep):
+        here = Path(place)
+        folders[:] = [name for name in folders if name[0] != "." and _stage_of(here / name) is None]
+        files += [
+            here / name
+            for name in names
+            if name[0] != "." and name.removesuffix(".gz").removesuffix(".zst").endswith(SUFFIXES)
+        ]
+    return sorted(files) or [folder]
+
+
+def _stage_of(folder: Path) -> str | None:
+    """Return the stage that wrote a folder, or is writing it; None for any other folder."""
+    for name in (MANIFEST, f"{PROGRESS}/plan.json"):
+        try:
+            data = orjson.loads((folder / name).read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            continue
+        if isinstance(data, dict) and "schema_version" in data and data.get("stage") in _STAGES:
+            return str(data["stage"])
+    return None
 
 
 def records(path: Path, *, start: int = 0) -> Iterator[Record]:
@@ -99,15 +141,16 @@ def printable(path: str | Path) -> str:
 
 def _records(path: Path, origin: Origin, start: int) -> Iterator[Record]:
     """Yield all records of a file; those before `start` may be left out."""
-    if path.is_dir():
-        endings = ", ".join(SUFFIXES)
-        reason = f"no file with runs in this folder (looked for {endings})"
-        yield Record(origin=origin, error=reason)
-        return
-    if path.exists() and not path.is_file():
-        yield Record(origin=origin, error="a pipe, socket or device; give a regular file")
-        return
     try:
+        if path.is_dir():
+            next(path.iterdir(), None)  # raises where the folder cannot be read
+            endings = ", ".join(SUFFIXES)
+            reason = f"no file with runs in this folder (looked for {endings})"
+            yield Record(origin=origin, error=reason)
+            return
+        if path.exists() and not path.is_file():
+            yield Record(origin=origin, error="a pipe, socket or device; give a regular file")
+            return
         with path.open("rb") as raw:
             magic = raw.read(4)
             raw.seek(0)
@@ -310,10 +353,24 @@ def _parquet_rows(path: Path, origin: Origin, start: int) -> Iterator[Record]:
 def _row_record(path: Path, row: int, batch: Any, index: int) -> Record:
     origin = Origin(path=path, line=row + 1)
     try:
-        value = batch.slice(index, 1).to_pylist()[0]
+        row_value = batch.slice(index, 1).to_pylist()[0]
+        value = {key: _without_nulls(item) for key, item in row_value.items()}
     except (ValueError, OverflowError) as error:
         return Record(origin=origin, position=row, error=f"row cannot be read: {error}")
     return Record(origin=origin, position=row, value=value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a Parquet value without the null fields of its structs.
+
+    All structs of a column have the same fields, so a null says that a row has no such field:
+    arguments of a call that were a dict come with those of all other calls, null.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _damaged(error: Exception) -> str:

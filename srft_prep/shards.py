@@ -4,7 +4,7 @@ Three passes. The first reads lengths and spans only and decides everything: whi
 takes, the weight of every step, the documents, the packs, their order. The second copies the token
 ids that are needed, once and in order, to a scratch file. The third writes the shards, reading each
 document from the scratch file by its place. Memory holds one part, one shard and some hundred bytes
-a trajectory. The same inputs and settings give the same bytes.
+a step. The same inputs and settings give the same bytes.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,12 +25,13 @@ import pyarrow.parquet as pq
 from srft_prep.config import PackConfig
 from srft_prep.documents import Document, Run, documents_of
 from srft_prep.errors import ConfigError, LabelError, ShardError
+from srft_prep.judgements import JudgedTrajectory, read_judgements
 from srft_prep.packing import best_fit_decreasing
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import SHARDS
 from srft_prep.storage import Manifest, StageWriter, read_manifest, write_table
 from srft_prep.types import LABELS
-from srft_prep.weights import RECIPES, StepJudgement, is_distribution, step_weights
+from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES, step_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,15 +76,17 @@ def pack(
     source = read_manifest(tokens, stage="tokenize").checked()
     recipe = RECIPES[config.recipe]
     inputs = [source.as_input()]
-    judgements: dict[str, _Judged] = {}
-    if recipe.needs_labels:
+    judgements: dict[str, JudgedTrajectory] = {}
+    if not recipe.needs_labels:
+        _refuse_unused_weights(config)
+    else:
         if labels is None:
             raise ConfigError(
                 f"--recipe {config.recipe} weights steps by labels: give --labels DIR"
             )
         label_source = read_manifest(labels, stage="label").checked()
         inputs.append(label_source.as_input())
-        judgements = _read_labels(label_source, soft=config.soft)
+        judgements = read_judgements(label_source, soft=config.soft)
     plan = _decide(source, judgements, config)
     if not plan.documents:
         raise ConfigError(_nothing_left(config, plan))
@@ -103,61 +107,32 @@ def pack(
             counts={**plan.counts, **totals},
             names=names,
             command=command or [],
-            extra={
-                "recipe": config.recipe,
-                "weights": config.weights,
-                "seq_len": config.seq_len,
-                **{
-                    key: source.data["tokenizer"][key]
-                    for key in ("tokenizer_hash", "template_hash")
-                },
-                "tokenizer": source.data["tokenizer"]["source"],
-                **totals,
-            },
+            extra={**_description(source, config), **totals},
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Judged:
-    """The labels of one trajectory."""
-
-    content_hash: str
-    by_step: dict[int, StepJudgement]
-
-
-def _read_labels(source: Manifest, *, soft: bool) -> dict[str, _Judged]:
-    columns = ["trajectory_id", "content_hash", "step_index", "label"]
-    columns += ["p_good", "p_unnecessary", "p_harmful"]
-    rows = pl.read_parquet(source.path / "labels.parquet", columns=columns)
-    if unknown := set(rows["label"].unique()) - set(LABELS):
-        raise LabelError(
-            f"{source.path}: expected labels {', '.join(LABELS)}, got {sorted(unknown)[0]!r}"
-        )
-    if soft and rows.height and not rows.drop_nulls(columns[-3:]).height:
+def _refuse_unused_weights(config: PackConfig) -> None:
+    if config.soft or config.weights != DEFAULT_WEIGHTS:
         raise ConfigError(
-            f"--soft: the labels of {source.path} carry no probabilities; leave --soft out, or "
-            "label with a critic that measures them"
+            f"--recipe {config.recipe} gives every step weight 1 and reads no labels: leave out "
+            "--weights and --soft, or choose unresolved-masked, srft or srft-all"
         )
-    judged: dict[str, _Judged] = {}
-    for trajectory_id, content_hash, step, label, *probabilities in rows.iter_rows():
-        of_trajectory = judged.setdefault(
-            trajectory_id, _Judged(content_hash=content_hash, by_step={})
-        )
-        where = f"{source.path}: {trajectory_id}: step {step}"
-        if step in of_trajectory.by_step:
-            raise LabelError(f"{where} has two labels; run label again")
-        if of_trajectory.content_hash != content_hash:
-            raise LabelError(f"{where} was labelled in another version than the steps before")
-        complete = None not in probabilities
-        if soft and complete and not is_distribution(probabilities):
-            raise LabelError(f"{where}: expected probabilities that sum to 1, got {probabilities}")
-        of_trajectory.by_step[step] = StepJudgement(
-            label=label, probabilities=tuple(probabilities) if complete else None
-        )
-    return judged
 
 
-def _decide(source: Manifest, judgements: dict[str, _Judged], config: PackConfig) -> _Plan:
+def _description(source: Manifest, config: PackConfig) -> dict[str, Any]:
+    """Return what a trainer must know of the shards, beside their totals."""
+    tokenizer = source.data["tokenizer"]
+    return {
+        "recipe": config.recipe,
+        "weights": config.weights,
+        "seq_len": config.seq_len,
+        "tokenizer": tokenizer["source"],
+        "tokenizer_hash": tokenizer["tokenizer_hash"],
+        "template_hash": tokenizer["template_hash"],
+    }
+
+
+def _decide(source: Manifest, judgements: dict[str, JudgedTrajectory], config: PackConfig) -> _Plan:
     """Read everything but the token ids and decide what goes into the shards."""
     plan = _Plan()
     plan.counts.update(left_out=0, missing_label=0, overlong=0, lost_steps=0, lost_tokens=0)
@@ -185,16 +160,23 @@ def _decide(source: Manifest, judgements: dict[str, _Judged], config: PackConfig
             _count_overlong(trajectory_id, num_tokens, config, plan)
             plan.counts["lost_steps"] += cut.num_lost_steps
             plan.counts["lost_tokens"] += cut.num_lost_tokens
-            if cut.documents:
-                plan.documents += cut.documents
+            kept = [each for each in cut.documents if each.runs or not config.drop_weightless]
+            plan.counts["weightless"] += sum(not each.runs for each in cut.documents)
+            if kept:
+                plan.documents += kept
                 plan.places.append((part_index, row_index))
                 plan.trajectory_ids.append(trajectory_id)
-                plan.counts["weightless"] += not any(each.runs for each in cut.documents)
-    _refuse_labels_of_no_step(plan, judgements)
+    _refuse_foreign_labels(plan, judgements)
     return plan
 
 
-def _refuse_labels_of_no_step(plan: _Plan, judgements: dict[str, _Judged]) -> None:
+def _refuse_foreign_labels(plan: _Plan, judgements: dict[str, JudgedTrajectory]) -> None:
+    if plan.counts["missing_label"] and not plan.labelled_steps:
+        raise LabelError(
+            f"none of the {plan.counts['missing_label']} trajectories that the recipe weights by "
+            "label has a label: were these labels made for other trajectories, or only for other "
+            "outcomes (label --only all)?"
+        )
     for trajectory_id, steps in plan.labelled_steps.items():
         extra = judgements[trajectory_id].by_step.keys() - steps
         if extra:
@@ -209,7 +191,7 @@ def _weights_of(
     resolved: bool | None,
     content_hash: str,
     spans: Sequence[tuple[int, int, int]],
-    judgements: dict[str, _Judged],
+    judgements: dict[str, JudgedTrajectory],
     plan: _Plan,
     config: PackConfig,
 ) -> list[float] | None:
@@ -282,14 +264,13 @@ def _spill(parts: Sequence[Path], plan: _Plan, scratch: Path) -> list[int]:
     offsets: list[int] = []
     position = 0
     with scratch.open("wb") as file:
-        for part_index, part in enumerate(parts):
-            rows = [row for index, row in plan.places if index == part_index]
-            if not rows:
-                continue
-            lists = pq.read_table(part, columns=["input_ids"])["input_ids"].combine_chunks()
+        for part_index, places in groupby(plan.places, key=lambda place: place[0]):
+            lists = pq.read_table(parts[part_index], columns=["input_ids"])[
+                "input_ids"
+            ].combine_chunks()
             ids = lists.values.to_numpy()
             starts = lists.offsets.to_numpy()
-            for row in rows:
+            for _, row in places:
                 piece = np.ascontiguousarray(ids[starts[row] : starts[row + 1]], np.int32)
                 file.write(piece.data)
                 offsets.append(position)

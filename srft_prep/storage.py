@@ -5,10 +5,10 @@
     DIR/.progress/               the journal of an unfinished run; gone when the run ends
 
 A directory's *plan* is its stage, its configuration and the hashes of its inputs. A rerun of the
-same plan continues after the last part in the journal, a rerun of a finished plan does nothing, and
-another plan is refused unless it may overwrite. Every file appears by rename after fsync, so that
-kill -9 leaves either no file or a whole one. One process at a time may write: it holds a lock on
-the directory, which the kernel drops when the process dies.
+same plan continues after the last part in the journal, a rerun of a finished plan does nothing,
+another plan is refused unless it may overwrite, and another stage always. Every file appears by
+rename after fsync, so that kill -9 leaves either no file or a whole one. One process at a time may
+write: it holds a lock on the directory, which the kernel drops when the process dies.
 """
 
 import fcntl
@@ -17,10 +17,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NoReturn, Self
 
 import orjson
 import pyarrow as pa
@@ -32,6 +32,9 @@ from srft_prep.schemas import SCHEMA_VERSION
 
 MANIFEST: Final = "manifest.json"
 PROGRESS: Final = ".progress"
+PLAN: Final = "plan.json"
+LEDGERS: Final = "ledger-*.jsonl"
+"""What critics answered: paid for, so that no stage and no `overwrite` ever removes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,8 @@ class Manifest:
     """`ingest`, `label`, `tokenize` or `pack`."""
     data: dict[str, Any]
     """The whole document."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Counts of the run that just wrote it, not of what it holds: they are in no file."""
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -85,8 +90,15 @@ class Manifest:
         return self
 
     def as_input(self) -> dict[str, Any]:
-        """Return how a later stage names this one: by content, not by where it lies."""
-        names = [[file["name"], file["sha256"]] for file in self.files]
+        """Return how a later stage names this one: by content, not by where it lies.
+
+        Labels are `labels.parquet` alone: the other files tell how a run was cut up and timed.
+        """
+        names = [
+            [file["name"], file["sha256"]]
+            for file in self.files
+            if self.stage != "label" or file["name"] == "labels.parquet"
+        ]
         return {"path": str(self.path), "stage": self.stage, "sha256": hash_of(names)}
 
 
@@ -119,7 +131,7 @@ class StageWriter:
 
         Raises:
             ConfigError: the path is no directory, holds other files, is being written by another
-                process, or holds a finished stage of another plan and `overwrite` is not set.
+                process, or holds another stage, or another plan and `overwrite` is not set.
         """
         plan = {
             "schema_version": SCHEMA_VERSION,
@@ -171,8 +183,9 @@ class StageWriter:
         names: list[str],
         command: list[str],
         extra: dict[str, Any] | None = None,
+        run: dict[str, Any] | None = None,
     ) -> Manifest:
-        """Write the manifest over the named files and drop the journal."""
+        """Write the manifest over the named files and drop the journal; `run` is not written."""
         data = {
             "schema_version": SCHEMA_VERSION,
             "stage": self.stage,
@@ -186,7 +199,7 @@ class StageWriter:
         }
         write_bytes(self.path / MANIFEST, orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
         shutil.rmtree(self.progress, ignore_errors=True)
-        return Manifest(path=self.path, stage=self.stage, data=data)
+        return Manifest(path=self.path, stage=self.stage, data=data, run=run or {})
 
     def _lock_now(self) -> None:
         try:
@@ -198,17 +211,17 @@ class StageWriter:
             ) from None
 
     def _reopen(self) -> None:
-        if (self.path / MANIFEST).exists():
-            read_manifest(self.path, stage=self.stage)
-        elif not self.progress.exists():
-            self._refuse_foreign_files(allowed="ledger-*.jsonl")
+        if self._refuse_other_stage() is None:
+            tables = ("labels.parquet", "requests.parquet")
+            self._refuse_foreign_files(allowed=(PROGRESS, ".*.tmp", LEDGERS, *tables))
         self.progress.mkdir(exist_ok=True)
+        write_bytes(self.progress / PLAN, orjson.dumps(self.plan))
         self._sweep()
 
     def _take_over(self, *, overwrite: bool) -> None:
-        found = self.path / MANIFEST
-        plan_file = self.progress / "plan.json"
-        if found.exists():
+        plan_file = self.progress / PLAN
+        unfinished = self._refuse_other_stage()
+        if (self.path / MANIFEST).exists():
             manifest = read_manifest(self.path)
             same = all(
                 _portable(manifest.data.get(key)) == _portable(self.plan[key])
@@ -219,23 +232,49 @@ class StageWriter:
                 self.finished = manifest
                 return
             if not (same or overwrite):
-                raise ConfigError(
-                    f"{self.path}: holds a finished {manifest.stage} with other settings or "
-                    "inputs; choose another -o, or say --overwrite"
-                )
+                self._refuse_plan("a finished")
             self._clear([file["name"] for file in manifest.files])
         elif not self.progress.exists():
-            self._refuse_foreign_files(allowed=".*.tmp")
-        elif _portable(_read_json(plan_file)) != _portable(self.plan):
+            self._refuse_foreign_files(allowed=(".*.tmp",))
+        elif unfinished is None:
+            self._clear([])
+        elif _portable(unfinished) != _portable(self.plan):
+            if not overwrite:
+                self._refuse_plan("an unfinished")
             self._clear([])
         self.progress.mkdir(exist_ok=True)
         if not plan_file.exists():
             write_bytes(plan_file, orjson.dumps(self.plan))
         self._sweep()
 
-    def _refuse_foreign_files(self, *, allowed: str) -> None:
+    def _refuse_other_stage(self) -> dict[str, Any] | None:
+        """Return the manifest's or the journal's plan; None where there is neither."""
+        found: dict[str, Any] | None = None
+        if (self.path / MANIFEST).exists():
+            found = read_manifest(self.path).data
+        elif isinstance(plan := _read_json(self.progress / PLAN), dict) and "stage" in plan:
+            found = plan
+        stage = found["stage"] if found else None
+        if stage is None and self.stage != "label" and any(self.path.glob(LEDGERS)):
+            stage = "label"
+        if stage not in (None, self.stage):
+            raise ConfigError(
+                f"{self.path}: expected a directory of {self.stage}, this is one of {stage}; "
+                "choose another -o"
+            )
+        return found
+
+    def _refuse_plan(self, what: str) -> NoReturn:
+        raise ConfigError(
+            f"{self.path}: holds {what} {self.stage} with other settings or inputs; choose "
+            "another -o, or say --overwrite"
+        )
+
+    def _refuse_foreign_files(self, *, allowed: tuple[str, ...]) -> None:
         others = sorted(
-            entry.name for entry in self.path.iterdir() if not fnmatch(entry.name, allowed)
+            entry.name
+            for entry in self.path.iterdir()
+            if not any(fnmatch(entry.name, pattern) for pattern in allowed)
         )
         if others:
             raise ConfigError(
@@ -249,14 +288,25 @@ class StageWriter:
             leftover.unlink()
 
     def _clear(self, names: list[str]) -> None:
-        """Drop an earlier plan's files; the manifest goes first, so that a kill leaves no lie."""
+        """Drop an earlier plan's files, but never what a critic was paid for.
+
+        The journal stands all the while, without a plan: a rerun after a kill clears again. The
+        manifest goes before the files that it names, so that a kill leaves no lie.
+        """
+        self.progress.mkdir(exist_ok=True)
+        (self.progress / PLAN).unlink(missing_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.progress, ignore_errors=True)
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-        for pattern in ("part-*.parquet", "shard-*.parquet"):
-            for file in self.path.glob(pattern):
-                file.unlink()
+        made = {self.path / name for name in names}
+        for pattern in ("part-*.parquet", "shard-*.parquet", "rejected.jsonl"):
+            made.update(self.path.glob(pattern))
+        for file in made:
+            if not fnmatch(file.name, LEDGERS):
+                file.unlink(missing_ok=True)
+        for entry in self.progress.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,13 +26,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from srft_prep.chat import LoadedTokenizer, TokenizerSpec, load_spec
+from srft_prep.chat import Conversation, LoadedTokenizer, TokenizerSpec, load_spec
 from srft_prep.config import History, TokenizeConfig
-from srft_prep.errors import ConfigError, FormatError
+from srft_prep.errors import BackendError, ConfigError, FormatError
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import SPAN, TOKENS
-from srft_prep.storage import Manifest, StageWriter, atomic_path, read_manifest, write_table
+from srft_prep.storage import PARQUET_OPTIONS, Manifest, StageWriter, atomic_path, read_manifest
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 
@@ -42,6 +44,9 @@ BATCH_ROWS: Final = 16
 """Trajectories rendered and encoded together."""
 
 ROW_GROUP_ROWS: Final = 16
+ROW_GROUP_TOKENS: Final = 1 << 20
+"""A row group of a part holds as many rows or about as many tokens, whichever comes first."""
+
 REJECTED: Final = "rejected.jsonl"
 CHECKED_TRAJECTORIES: Final = 64
 """Trajectories on which a template is tried before anything is written."""
@@ -51,7 +56,9 @@ CHECKED_TRAJECTORIES: Final = 64
 class TokenRow:
     """One row of a token part."""
 
-    trajectory: Trajectory
+    trajectory_id: str
+    resolved: bool | None
+    content_hash: str
     input_ids: "NDArray[np.int32]"
     """Token ids, [T]."""
     step_spans: tuple[tuple[int, int, int], ...]
@@ -59,10 +66,11 @@ class TokenRow:
 
 
 @dataclass(slots=True)
-class _Part:
-    rows: list[TokenRow] = field(default_factory=list)
+class _Made:
+    """What came of a part, beside its rows."""
+
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(trajectories=0, sequences=0))
 
 
 def tokenize(
@@ -89,7 +97,10 @@ def tokenize(
     config = TokenizeConfig(
         tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
     )
-    loaded = spec.load()
+    try:
+        loaded = spec.load()
+    except ConfigError as error:
+        raise ConfigError(f"{chat_template or tokenizer}: {error}") from None
     _check_template(loaded, source.parts, history)
     with StageWriter.open(
         output,
@@ -158,6 +169,11 @@ def _run(
                 }
             for future in as_completed(futures):
                 done(futures[future], future.result())
+        except BrokenProcessPool:
+            raise BackendError(
+                "a tokenize worker died, most often for lack of memory; choose fewer --workers, "
+                "the same command continues"
+            ) from None
         except BaseException:
             for worker in active_children():
                 worker.kill()  # or the pool would first work off all that was submitted
@@ -201,25 +217,28 @@ def _work(part: Path, output: Path, history: History) -> dict[str, Any]:
 def tokenize_part(
     part: Path, output: Path, tokenizer: LoadedTokenizer, history: History
 ) -> dict[str, Any]:
-    """Write the token part of one trajectory part and return its journal entry."""
-    made = _Part()
-    for batch in _batched(read_trajectories([part])):
-        _tokenize_batch(batch, made, tokenizer, history)
-    made.counts["sequences"] = len(made.rows)
-    made.counts["tokens"] = sum(len(row.input_ids) for row in made.rows)
-    made.counts["step_tokens"] = sum(
-        end - start for row in made.rows for _, start, end in row.step_spans
-    )
+    """Write the token part of one trajectory part and return its journal entry.
+
+    Memory holds one batch of renderings and one row group, whatever the part's size: with
+    `per-step` history a part's tokens can be fifty times those of its trajectories.
+    """
+    made = _Made()
+    with (
+        atomic_path(output) as temporary,
+        pq.ParquetWriter(temporary, TOKENS, **PARQUET_OPTIONS) as writer,
+    ):
+        for group in _row_groups(_token_rows(part, made, tokenizer, history)):
+            writer.write_table(_table(group))
     made.counts["rejected"] = len(made.rejected)
-    write_table(_table(made.rows), output, row_group_rows=ROW_GROUP_ROWS)
     return {"counts": dict(made.counts), "rejected": made.rejected}
 
 
-def _tokenize_batch(
-    batch: Sequence[Trajectory], made: _Part, tokenizer: LoadedTokenizer, history: History
-) -> None:
-    rendered = []
-    for trajectory in batch:
+def _token_rows(
+    part: Path, made: _Made, tokenizer: LoadedTokenizer, history: History
+) -> Iterator[TokenRow]:
+    """Yield the rows of a part in order; what is refused goes into `made`."""
+    batch: list[tuple[Trajectory, Conversation]] = []
+    for trajectory in read_trajectories([part]):
         made.counts["trajectories"] += 1
         try:
             conversations = list(tokenizer.conversations(trajectory, history=history))
@@ -227,24 +246,49 @@ def _tokenize_batch(
             made.rejected.append({"trajectory_id": trajectory.trajectory_id, "reason": str(error)})
             continue
         made.counts.update(tokenizer.dropped_fields(trajectory, conversations))
-        rendered += [(trajectory, conversation) for conversation in conversations]
-    encoded = tokenizer.encode([conversation for _, conversation in rendered])
-    for (trajectory, conversation), (ids, spans) in zip(rendered, encoded, strict=True):
+        for conversation in conversations:
+            batch.append((trajectory, conversation))
+            if len(batch) == BATCH_ROWS:
+                yield from _encoded(batch, made, tokenizer)
+                batch = []
+    yield from _encoded(batch, made, tokenizer)
+
+
+def _encoded(
+    batch: Sequence[tuple[Trajectory, Conversation]], made: _Made, tokenizer: LoadedTokenizer
+) -> Iterator[TokenRow]:
+    encodings = tokenizer.encode([conversation for _, conversation in batch])
+    for (trajectory, conversation), (ids, spans) in zip(batch, encodings, strict=True):
+        made.counts["sequences"] += 1
+        made.counts["tokens"] += len(ids)
+        made.counts["step_tokens"] += sum(end - start for _, start, end in spans)
         made.counts["control_tokens_as_text"] += len(conversation.rendering.forged)
-        made.rows.append(TokenRow(trajectory=trajectory, input_ids=ids, step_spans=spans))
+        yield TokenRow(
+            trajectory_id=trajectory.trajectory_id,
+            resolved=trajectory.resolved,
+            content_hash=trajectory.content_hash,
+            input_ids=ids,
+            step_spans=spans,
+        )
 
 
-def _batched(trajectories: Iterable[Trajectory]) -> Iterator[list[Trajectory]]:
-    iterator = iter(trajectories)
-    while batch := list(islice(iterator, BATCH_ROWS)):
-        yield batch
+def _row_groups(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
+    group: list[TokenRow] = []
+    num_tokens = 0
+    for row in rows:
+        group.append(row)
+        num_tokens += len(row.input_ids)
+        if len(group) == ROW_GROUP_ROWS or num_tokens >= ROW_GROUP_TOKENS:
+            yield group
+            group, num_tokens = [], 0
+    if group:
+        yield group
 
 
 def _table(rows: list[TokenRow]) -> pa.Table:
     """Return rows of the `TOKENS` schema, built column by column without Python lists of ids."""
-    empty = np.empty(0, np.int32)
     lengths = np.array([len(row.input_ids) for row in rows], np.int32)
-    ids = pa.array(np.concatenate([row.input_ids for row in rows]) if rows else empty)
+    ids = pa.array(np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]))
     flat = [span for row in rows for span in row.step_spans]
     spans = np.array(flat, np.int32).reshape(-1, 3)
     span_counts = np.array([len(row.step_spans) for row in rows], np.int32)
@@ -252,9 +296,9 @@ def _table(rows: list[TokenRow]) -> pa.Table:
         [pa.array(spans[:, column]) for column in range(3)], fields=list(SPAN)
     )
     columns = [
-        pa.array([row.trajectory.trajectory_id for row in rows], pa.string()),
-        pa.array([row.trajectory.resolved for row in rows], pa.bool_()),
-        pa.array([row.trajectory.content_hash for row in rows], pa.string()),
+        pa.array([row.trajectory_id for row in rows], pa.string()),
+        pa.array([row.resolved for row in rows], pa.bool_()),
+        pa.array([row.content_hash for row in rows], pa.string()),
         pa.ListArray.from_arrays(_offsets(lengths), ids),
         pa.ListArray.from_arrays(_offsets(span_counts), structs, type=TOKENS.field(4).type),
         pa.array(lengths),

@@ -300,6 +300,8 @@ def _check_packed(row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator
             yield f"{name}: run {start}-{end} is empty, out of order or out of bounds"
         elif end > bounds[np.searchsorted(bounds, start, side="right")]:
             yield f"{name}: run {start}-{end} crosses from one document into the next"
+        elif start in bounds:
+            yield f"{name}: run {start}-{end} weights a document's first token: nothing predicts it"
         expected[max(start, 0) : max(end, 0)] = ids[max(start, 0) : max(end, 0)]
         position = end
     if not np.array_equal(expected, labels):

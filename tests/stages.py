@@ -101,7 +101,13 @@ def token_row(owner: Trajectory, *, gap: int = 4, step_tokens: int = 6) -> Token
     length = owner.num_steps * (gap + step_tokens) + 1
     first = int(owner.content_hash[:5], 16)
     ids = np.arange(first, first + length, dtype=np.int32)
-    return TokenRow(trajectory=owner, input_ids=ids, step_spans=spans)
+    return TokenRow(
+        trajectory_id=owner.trajectory_id,
+        resolved=owner.resolved,
+        content_hash=owner.content_hash,
+        input_ids=ids,
+        step_spans=spans,
+    )
 
 
 def write_tokens(path: Path, *parts: Sequence[TokenRow]) -> Path:

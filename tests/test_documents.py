@@ -112,7 +112,7 @@ def test_windows_train_each_step_that_fits_exactly_once(row: Row, seq_len: int) 
         places = weights_by_token(document)
         assert not places.keys() & found.keys(), "a token is trained twice"
         found |= places
-    fits = [end - start <= seq_len for _, start, end in spans]
+    fits = [end - start < seq_len or end <= seq_len for _, start, end in spans]
     kept = [weight if fit else 0.0 for weight, fit in zip(weights, fits, strict=True)]
     assert found == expected_weights((num_tokens, spans, kept))
 
@@ -197,6 +197,19 @@ def test_a_long_row_without_a_token_of_a_step_makes_no_document(spans: Spans) ->
 
 
 def test_an_empty_step_behind_a_longer_one_makes_no_window() -> None:
-    row: Row = (2, [(0, 1, 2), (1, 2, 2)], [0.0, 0.0])
-    [document] = cut(row, 1, "windows").documents
-    assert (document.start, document.end) == (1, 2)
+    row: Row = (3, [(0, 1, 2), (1, 2, 2)], [0.0, 0.0])
+    [document] = cut(row, 2, "windows").documents
+    assert (document.start, document.end) == (0, 2)
+
+
+def test_a_step_that_fills_a_window_is_lost_since_nothing_would_predict_its_first_token() -> None:
+    row: Row = (60, [(0, 5, 10), (1, 20, 60)], [1.0, 1.0])
+    result = cut(row, SEQ_LEN, "windows")
+    assert [trained_steps(row, each) for each in result.documents] == [[0]]
+    assert (result.num_lost_steps, result.num_lost_tokens) == (1, 40)
+
+
+def test_a_window_starts_behind_a_step_where_that_fits() -> None:
+    row: Row = (80, [(0, 5, 12), (1, 14, 30), (2, 34, 39), (3, 66, 70)], [1.0] * 4)
+    windows = cut(row, SEQ_LEN, "windows").documents
+    assert [(each.start, each.end) for each in windows] == [(0, 39), (30, 70)]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srft_prep.errors import ConfigError
-from srft_prep.exclusion import Exclusion, read_exclusions
+from srft_prep.exclusion import Exclusion, names_instance, read_exclusions
+from srft_prep.types import Trajectory
 
 words = st.from_regex(r"[a-z][a-z0-9]{0,5}(?:[-_.][a-z0-9]{1,4})?", fullmatch=True)
 
@@ -66,6 +67,8 @@ def test_a_repository_covers_exactly_the_instances_that_bear_its_name(
         '["a__b-1", "c/d"]',
         ' [{"instance_id": "a__b-1", "repo": "a/b"}, "c__d"]',
         '{"instance_id": "a__b-1"}\n\n{"instance_id": "c/d"}\n',
+        "instance_id\na__b-1\nc/d\n",
+        'repo,problem,instance_id\r\na/b,"one,\r\ntwo",a__b-1\r\n\r\nc/d,x y,c__d\r\n',
     ],
 )
 def test_text_json_and_jsonl_say_the_same(text: str, tmp_path: Path) -> None:
@@ -86,6 +89,10 @@ def test_text_json_and_jsonl_say_the_same(text: str, tmp_path: Path) -> None:
         (b'{"id": "x"}', "expected strings or objects with instance_id"),
         (b'{"instance_id": 5}', "expected strings or objects with instance_id"),
         (b'{"instance_id": "x"', "expected a JSON list or JSONL: unexpected end of data"),
+        (b"# ids\na__b-1, c__d-2\n", ":2: expected one instance id or repository a line, got 'a__"),
+        (b"a__b-1\n\nthe flask runs\n", ":3: expected one instance id .*, got 'the flask runs'"),
+        (b"id,repo\na__b-1,a/b\n", ":1: expected one instance id .*, got 'id,repo'"),
+        (b"instance_id,repo\na__b-1,a/b\n,c/d\n", ":3: expected an instance_id, got none"),
         (b"\xff\xfea", "cannot be read as a list of exclusions"),
     ],
 )
@@ -95,6 +102,37 @@ def test_a_file_without_names_is_refused(data: bytes, message: str, tmp_path: Pa
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")) as error:
         read_exclusions(path)
     assert str(error.value).startswith(str(path))
+
+
+def unnamed(trajectory_id: str) -> Trajectory:
+    return Trajectory(trajectory_id=trajectory_id, instance_id="", format="messages", messages=())
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("django__django-11999", "django__django-11999"),
+        ("django__django-11999", "django__django-11999.3fa9"),
+        ("django__django-11999", "run-7/django__django-11999"),
+        ("django__django-11999", "2025/run.1/Django__django-11999_2.3fa9"),
+        ("django__django-11999", "django__django-11999.traj.0123abcd"),
+        ("django/django", "run/django__django-11999.3fa9"),
+        ("a__b.0123abcd.pr_8", "a__b.0123abcd.pr_8.xyz"),
+        ("a/b", "a__b.0123abcd.pr_8.xyz"),
+        ("task-5", "task-5.3fa9"),
+    ],
+)
+def test_a_run_without_an_instance_is_known_by_its_own_id(name: str, run: str) -> None:
+    exclusion = Exclusion([name.replace("/", "__")])
+    assert exclusion.matches_run(unnamed(run)) == {name.replace("/", "__")}
+    assert not Exclusion(["x__y", "django__django-1", "a__b-1"]).matches_run(unnamed(run))
+
+
+def test_an_instance_is_named_by_a_field_or_by_an_id_of_its_form() -> None:
+    assert names_instance(unnamed("run/a__b-1.x"))
+    assert names_instance(unnamed("a__b.0123abcd.pr_8.xyz"))
+    assert not names_instance(unnamed("run-17"))
+    assert not names_instance(unnamed("runs.0123abcd"))
 
 
 def test_the_instances_of_a_real_data_set_are_excluded_by_its_own_rows(

@@ -1,5 +1,6 @@
 """Raw runs become trajectories: which are taken, what joins them, in bounded memory."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srft_prep.config import IngestConfig
+from srft_prep.config import IngestConfig, parse_sample
 from srft_prep.errors import ConfigError
 from srft_prep.exclusion import read_exclusions
-from srft_prep.ingest import ingest, parse_sample
+from srft_prep.ingest import ingest
 from srft_prep.storage import Manifest
 
 WORDS = ("resolved", "unresolved", "unknown")
@@ -155,6 +157,20 @@ def test_a_sample_of_another_form_is_refused(text: str) -> None:
         parse_sample(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resolved=5,resolved=7", "expected one number for resolved, got two"),
+        (f"resolved={2**63}", f"resolved: expected at most {2**63 - 1}, got {2**63}"),
+        ("resolved=" + "9" * 5000, "resolved: expected at most"),
+    ],
+)
+def test_a_sample_of_two_numbers_or_too_large_a_one_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        parse_sample(text)
+    assert len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize("limit", [1, 39, 40, 41, 119, 120, 500])
 def test_a_limit_takes_the_first_runs(limit: int, mixed: Path, tmp_path: Path) -> None:
     everything = ids_of(take(mixed, tmp_path / "all"))
@@ -182,6 +198,64 @@ def test_copies_under_other_names_are_dropped_and_counted(tmp_path: Path) -> Non
     manifest = take(source, tmp_path / "out")
     assert ids_of(manifest) == ["run-0", "run-1"]
     assert manifest.counts["duplicates"] == 2
+
+
+def test_a_copy_that_knows_the_outcome_tells_it(tmp_path: Path) -> None:
+    rows = [run(0), run(1), run(1, resolved=False), run(0, resolved=True), run(0, resolved=False)]
+    manifest = take(write_lines(tmp_path / "runs.jsonl", rows), tmp_path / "out")
+    assert [row["resolved"] for row in rows_of(manifest)] == [True, False]
+    assert manifest.counts["duplicates"] == 3
+    assert manifest.counts["duplicates_with_other_outcome"] == 1
+    assert "duplicates_with_outcome" not in manifest.counts
+
+
+def test_a_copy_that_comes_after_its_part_is_written_is_counted(tmp_path: Path) -> None:
+    rows = [*(run(n) for n in range(300)), run(0, resolved=True), run(299, resolved=True)]
+    manifest = take(write_lines(tmp_path / "runs.jsonl", rows), tmp_path / "out")
+    assert manifest.counts["outcomes"] == {"resolved": 1, "unknown": 299}
+    assert manifest.counts["duplicates_with_outcome"] == 1
+
+
+def test_outcomes_are_counted_of_the_runs_that_are_taken(tmp_path: Path) -> None:
+    rows = [
+        run(0, instance="a__b-0"),
+        run(0, instance="a__b-0"),
+        run(1, instance="a__b-1"),
+        run(1, instance="a__b-1"),
+        run(2, instance="a__b-2", resolved=True),
+        run(2, instance="a__b-2", resolved=True),
+        run(3, instance="x__y-3"),
+        run(4, instance="x__y-4", resolved=True),
+        run(5, instance="a__b-2"),
+    ]
+    for number, row in enumerate(rows):
+        row["traj_id"] = f"id-{number}"
+    table = tmp_path / "outcomes.csv"
+    table.write_text(
+        "instance_id,resolved\na__b-0,1\na__b-1,1\na__b-1,0\na__b-2,0\nx__y-3,1\nx__y-4,0\n"
+    )
+    source = write_lines(tmp_path / "runs.jsonl", rows)
+    counts = take(source, tmp_path / "out", outcomes=[table], exclude=("x__y",)).counts
+    assert counts["excluded"] == 2
+    assert counts["duplicates"] == 3
+    assert counts["outcomes_joined"] == 2
+    assert counts["outcomes_ambiguous"] == 1
+    assert counts["outcome_conflicts"] == 1
+
+
+@pytest.mark.parametrize("where", ["patch", "tools", "reasoning_content"])
+def test_a_part_is_full_of_any_text(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srft_prep.ingest.PART_BYTES", 10_000)
+    rows = [run(n) for n in range(6)]
+    for row in rows:
+        if where == "reasoning_content":
+            row["messages"][-1][where] = "x" * 5_000
+        else:
+            row[where] = [{"name": "x" * 5_000}] if where == "tools" else "x" * 5_000
+    manifest = take(write_lines(tmp_path / "runs.jsonl", rows), tmp_path / "out")
+    assert len(manifest.parts) == 3
 
 
 def test_copies_that_are_kept_get_ids_of_their_own(tmp_path: Path) -> None:
@@ -236,6 +310,21 @@ def test_excluded_instances_and_repositories_stay_out_and_are_counted(tmp_path: 
         "",
     ]
     assert manifest.counts["excluded"] == 3
+    assert manifest.counts["exclusions_without_run"] == 0
+    assert manifest.counts["not_checked_for_exclusion"] == 1
+
+
+def test_a_run_is_excluded_by_its_own_id_where_it_names_no_instance(tmp_path: Path) -> None:
+    names = ["django__django-11999.3fa9", "run/flask__x-1", "flask__x-2.a", "run-17"]
+    rows = [{**run(n, instance=""), "traj_id": name} for n, name in enumerate(names)]
+    source = write_lines(tmp_path / "runs.jsonl", rows)
+    exclude = ("django__django-11999", "flask__x-1", "gone__gone-1", "z__z")
+    manifest = take(source, tmp_path / "out", exclude=exclude)
+    assert ids_of(manifest) == names[2:]
+    assert manifest.counts["excluded"] == 2
+    assert manifest.counts["not_checked_for_exclusion"] == 1
+    assert manifest.counts["exclusions_without_run"] == 2
+    assert "not_checked_for_exclusion" not in take(source, tmp_path / "all").counts
 
 
 def test_reports_are_joined_and_the_runs_own_word_wins(tmp_path: Path) -> None:
@@ -378,8 +467,64 @@ def test_an_output_inside_the_inputs_is_not_read_as_input(mixed: Path) -> None:
     first = ingest([str(mixed)], mixed / "out", IngestConfig())
     assert ingest([str(mixed)], mixed / "out", IngestConfig()) == first
     assert first.counts["trajectories"] == 120
-    with pytest.raises(ConfigError, match="this is the directory to write"):
+    with pytest.raises(ConfigError, match="out: is the output of ingest; give the raw runs"):
         ingest([str(mixed / "out")], mixed / "out", IngestConfig())
+
+
+def test_what_an_earlier_ingest_wrote_is_not_taken_for_runs(mixed: Path, tmp_path: Path) -> None:
+    first = ingest([str(mixed)], mixed / "out" / "first", IngestConfig())
+    second = ingest([str(mixed)], mixed / "out" / "second", IngestConfig())
+    assert replace(second, path=first.path) == first
+    with pytest.raises(ConfigError, match="first: is the output of ingest; give the raw runs"):
+        ingest([str(first.path)], tmp_path / "third", IngestConfig())
+    assert not (tmp_path / "third").exists()
+
+
+def test_calls_with_arguments_as_a_struct_have_only_their_own(tmp_path: Path) -> None:
+    rows = []
+    for number, arguments in enumerate(({"command": "ls"}, {"path": "a", "view_range": [1, 2]})):
+        row = run(number)
+        call = {"id": "1", "type": "function", "function": {"name": "x", "arguments": arguments}}
+        row["messages"][-1] |= {"content": "", "tool_calls": [call]}
+        rows.append(row)
+    (tmp_path / "runs").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "runs" / "runs.parquet")
+    taken = rows_of(take(tmp_path / "runs", tmp_path / "out"))
+    calls = [orjson.loads(row["messages"][-1]["tool_calls"])[0]["function"] for row in taken]
+    said = [call["arguments"] for call in calls]
+    assert [orjson.loads(each) if isinstance(each, str) else each for each in said] == [
+        {"command": "ls"},
+        {"path": "a", "view_range": [1, 2]},
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_rejected_and_the_others_are_taken(tmp_path: Path) -> None:
+    write_lines(tmp_path / "runs" / "a.jsonl", [run(0)])
+    (tmp_path / "runs" / "b.jsonl").symlink_to("/proc/self/mem")  # reading fails, for root too
+    manifest = take(tmp_path / "runs", tmp_path / "out")
+    assert ids_of(manifest) == ["run-0"]
+    (line,) = rejected_of(manifest)
+    assert Path(line["file"]).name == "b.jsonl"
+    assert line["reason"].startswith("cannot be read: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_or_folder_without_permission_is_rejected(tmp_path: Path) -> None:
+    write_lines(tmp_path / "runs" / "a.jsonl", [run(0)])
+    write_lines(tmp_path / "runs" / "b.jsonl", [run(1)]).chmod(0)
+    closed = write_lines(tmp_path / "runs" / "c" / "c.jsonl", [run(2)]).parent
+    closed.chmod(0)
+    try:
+        for sources in ([tmp_path / "runs"], [tmp_path / "runs" / "a.jsonl", closed / "c.jsonl"]):
+            manifest = ingest(
+                [str(each) for each in sources], tmp_path / "out", IngestConfig(), overwrite=True
+            )
+            assert ids_of(manifest) == ["run-0"]
+            reasons = {line["reason"] for line in rejected_of(manifest)}
+            assert reasons == {"cannot be read: Permission denied"}
+            assert manifest.counts["rejected"] == 3 - len(sources)
+    finally:
+        closed.chmod(0o700)
 
 
 def test_an_interrupted_run_keeps_its_finished_parts_and_rejections(tmp_path: Path) -> None:
@@ -407,6 +552,76 @@ def test_an_interrupted_run_keeps_its_finished_parts_and_rejections(tmp_path: Pa
     assert replace(resumed, path=whole.path) == whole
     assert rejected_of(resumed) == rejected_of(whole)
     assert whole.counts["rejected"] == 24
+
+
+def hints_of(*words: object) -> tuple[int, str]:
+    """Return exit status and stderr of the ingest command."""
+    command = [sys.executable, "-m", "srft_prep", "ingest", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_the_command_tells_what_its_exclusions_met(tmp_path: Path) -> None:
+    rows = [run(0), run(1), run(2, instance="")]
+    source = write_lines(tmp_path / "runs.jsonl", rows)
+    (tmp_path / "exclude.txt").write_text("a/b\nx/y\nz__z-3\n")
+    words = (source, "-o", tmp_path / "out", "--exclude", tmp_path / "exclude.txt")
+    for _ in range(2):  # a finished run says the same again
+        status, stderr = hints_of(*words)
+        assert status == 0
+        assert "--exclude: 1 of 3 names matched a run; 2 runs excluded\n" in stderr
+        assert "warning: --exclude: 1 runs name no instance and were not checked\n" in stderr
+
+
+def test_the_command_tells_what_its_outcomes_and_sample_lack(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    source = write_lines(runs / "runs.jsonl", [run(0, resolved=True), run(1, instance="c__d-1")])
+    write_lines(runs / "logs" / "a__b-1" / "report.json", [{"a__b-1": {"resolved": False}}])
+    other = write_lines(tmp_path / "other.json", [{"x__y-1": {"resolved": False}}])
+    _, stderr = hints_of(runs, "-o", tmp_path / "1", "--sample", "resolved=5,unknown=1")
+    assert "1 outcome reports lie among the sources; --outcomes PATH joins them\n" in stderr
+    assert "--sample: only 1 resolved, 5 were asked for\n" in stderr
+    assert "unknown, " not in stderr
+    _, stderr = hints_of(runs, "-o", tmp_path / "2", "--outcomes", runs)
+    assert "1 runs have an outcome of their own that a report contradicts" in stderr
+    assert "lie among" not in stderr
+    assert "no outcome matched" not in stderr
+    _, stderr = hints_of(source, "-o", tmp_path / "3", "--outcomes", other)
+    assert "--outcomes: no outcome matched a run" in stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--limit", str(2**31)], "--limit"),
+        (["--max-per-instance", str(2**31)], "--max-per-instance"),
+        (["--system-prompt", "/dev/null"], "/dev/null: expected a system prompt, the file is"),
+        (["--sample", ""], "--sample: expected resolved=N"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "runs.jsonl", [run(0)])
+    status, stderr = hints_of(source, "-o", tmp_path / "out", *words)
+    assert status == 2
+    assert message in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_sample_is_refused_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "runs.jsonl", [run(0)])
+    code = (
+        "import sys; from srft_prep.cli import main\n"
+        f"sys.argv = ['x', 'ingest', {str(source)!r}, '-o', 'o', '--sample', 'good=1']\n"
+        "try: main()\n"
+        "except SystemExit as error: print(error.code, 'polars' in sys.modules)\n"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "2 False\n"
 
 
 MEASURE = """

@@ -12,10 +12,11 @@ import pytest
 from srft_prep.config import LabelConfig, Only
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
 from srft_prep.errors import BackendError, ConfigError, ShardError
-from srft_prep.labeling import label, wanted
+from srft_prep.labeling import count_trajectories, label, wanted
 from srft_prep.ledger import ledger_files
 from srft_prep.schemas import LABELS, REQUESTS
 from srft_prep.statistics import collect
+from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 from srft_prep.verification import verify
 from tests.stages import (
@@ -144,7 +145,7 @@ def test_a_rerun_asks_nothing_and_writes_the_same_tables(runs: Path, tmp_path: P
     again = ListedCritic()
     manifest = run_critic(runs, folder, again)
     assert again.asked == []
-    assert manifest.counts["reused"] == 3
+    assert manifest.run == {"reused": 3}
     assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == before
     assert len(ledger_files(folder)) == 1
 
@@ -173,24 +174,141 @@ def test_what_an_earlier_failure_cost_stays_on_the_bill(runs: Path, tmp_path: Pa
     assert bill["failed"]["failure"] is None
 
 
-def test_another_critic_keeps_the_ledger_and_rewrites_the_tables(
+def overwriting(runs: Path, folder: Path, critic: ListedCritic) -> None:
+    """Label with `overwrite`; the tables of another critic are refused without it."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ConfigError, match=r"holds labels of listed@.* the ledger keeps both"):
+        run_critic(runs, folder, critic)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    config = LabelConfig(
+        critic="listed", critic_id=critic.critic_id, prompt_hash=critic.prompt_hash, only="all"
+    )
+    label(runs, folder, critic, config, overwrite=True)
+
+
+def test_another_critic_rewrites_the_tables_only_with_overwrite_and_keeps_the_ledger(
     runs: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "labels"
     run_critic(runs, folder, ListedCritic())
     old = ledger_files(folder)[0].read_bytes()
     other = ListedCritic(critic_id="listed@2", failing={"solved"})
-    run_critic(runs, folder, other)
+    overwriting(runs, folder, other)
     assert other.asked == LABELLED
     assert ledger_files(folder)[0].read_bytes() == old
     assert {row["critic_id"] for row in rows(folder)} == {"listed@2"}
     first_again = ListedCritic()
-    run_critic(runs, folder, first_again)
+    overwriting(runs, folder, first_again)
     assert first_again.asked == []
     assert labels_in(folder) == listed(*LABELLED)
     other_prompt = ListedCritic(prompt_hash="changed")
-    run_critic(runs, folder, other_prompt)
+    overwriting(runs, folder, other_prompt)
     assert other_prompt.asked == LABELLED
+
+
+def test_only_restricts_what_is_asked_and_not_what_the_tables_hold(
+    runs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "labels"
+    run_critic(runs, folder, ListedCritic(failing={"solved"}))
+    run_critic(runs, folder, ListedCritic(), only="resolved", retry_failed=True)
+    tables = {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+    for only in ("unresolved", "resolved"):
+        critic = ListedCritic()
+        manifest = run_critic(runs, folder, critic, only=only)
+        assert critic.asked == []
+        assert labels_in(folder) == listed(*LABELLED)
+        assert {path.name: path.read_bytes() for path in folder.glob("*.parquet")} == tables
+        assert manifest.counts["trajectories"] == 3
+
+
+def test_no_reply_is_a_failure_only_of_what_was_asked(runs: Path, tmp_path: Path) -> None:
+    silent = OddCritic(change=lambda replies: [])
+    run_critic(runs, tmp_path / "labels", silent, only="resolved")
+    found = rows(tmp_path / "labels", "requests")
+    assert [row["trajectory_id"] for row in found] == ["solved"]
+
+
+def test_the_manifest_of_a_resumed_run_is_that_of_an_uninterrupted_one(
+    runs: Path, tmp_path: Path
+) -> None:
+    def break_after_one(replies: list[CriticReply]) -> Iterator[CriticReply]:
+        yield replies[0]
+        raise BackendError("the engine is gone")
+
+    whole = run_critic(runs, tmp_path / "whole", ListedCritic(failing={"failed"}))
+    with pytest.raises(BackendError):
+        run_critic(runs, tmp_path / "cut", OddCritic(change=break_after_one))
+    cut = run_critic(runs, tmp_path / "cut", ListedCritic(failing={"failed"}))
+    assert (whole.run, cut.run) == ({"asked": 3}, {"asked": 2, "reused": 1})
+    assert whole.as_input()["sha256"] == cut.as_input()["sha256"]
+    data = [dict(manifest.data) for manifest in (whole, cut)]
+    for each in data:
+        each["files"] = [file for file in each["files"] if not file["name"].startswith("ledger-")]
+    assert data[0] == data[1]
+
+
+def test_a_run_with_nothing_to_ask_reads_no_message(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "labels"
+    run_critic(runs, folder, ListedCritic())
+    read: list[Path] = []
+
+    def watched(parts: Iterable[Path]) -> Iterator[Trajectory]:
+        read.extend(parts)
+        return read_trajectories(list(parts))
+
+    monkeypatch.setattr("srft_prep.labeling.read_trajectories", watched)
+    run_critic(runs, folder, ListedCritic())
+    assert read == []
+    late = write_trajectories(tmp_path / "more", [*RUNS, trajectory("late")])
+    run_critic(late, folder, ListedCritic())
+    assert read == [late / "part-00000.parquet"]
+
+
+def test_a_total_is_counted_without_hashing_the_source(runs: Path) -> None:
+    manifest = orjson.loads((runs / "manifest.json").read_bytes())
+    manifest["files"][0]["sha256"] = "00"
+    (runs / "manifest.json").write_bytes(orjson.dumps(manifest))
+    config = LabelConfig(critic="listed", critic_id="a", prompt_hash="b", only="unresolved")
+    assert count_trajectories(runs, config) == 2
+    (runs / "part-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ShardError, match=r"part-00000.parquet: changed since it was written"):
+        count_trajectories(runs, config)
+    (runs / "part-00000.parquet").unlink()
+    with pytest.raises(ShardError, match=r"part-00000.parquet: missing"):
+        count_trajectories(runs, config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda labels: labels[1:], lambda labels: [labels[0], *labels[:-1]], lambda labels: []],
+    ids=["a step missing", "a step doubled", "none"],
+)
+def test_a_ledger_line_that_does_not_fit_its_trajectory_is_asked_again(
+    change: Any, runs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "labels"
+    run_critic(runs, folder, ListedCritic())
+    [path] = ledger_files(folder)
+    entries = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    entries[1]["labels"] = change(entries[1]["labels"])
+    path.write_bytes(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
+    again = ListedCritic()
+    manifest = run_critic(runs, folder, again)
+    assert again.asked == ["failed"]
+    assert manifest.run == {"asked": 1, "reused": 2, "damaged_ledger_lines": 1}
+    assert labels_in(folder) == listed(*LABELLED)
+
+
+def test_the_first_failures_are_in_the_manifest(tmp_path: Path) -> None:
+    names = [f"run-{number}" for number in range(5)]
+    runs = write_trajectories(tmp_path / "runs", [trajectory(name) for name in names])
+    manifest = run_critic(runs, tmp_path / "labels", ListedCritic(failing=set(names)))
+    assert manifest.counts["failures"] == 5
+    expected = [f"{name}: the reply is no list" for name in names[:3]]
+    assert manifest.data["first_failures"] == expected
 
 
 def test_more_trajectories_are_added_to_a_directory(runs: Path, tmp_path: Path) -> None:
@@ -211,7 +329,7 @@ def test_copies_are_asked_once_paid_once_and_labelled_each(tmp_path: Path) -> No
     critic = ListedCritic()
     manifest = run_critic(runs, tmp_path / "labels", critic)
     assert critic.asked == ["one"]
-    assert (manifest.counts["asked"], manifest.counts["reused"]) == (1, 1)
+    assert manifest.run == {"asked": 1, "reused": 1}
     found = labels_in(tmp_path / "labels")
     assert found["one"] == found["two"] == [listed_label(step).label for step in range(4)]
     assert [row["usd"] for row in rows(tmp_path / "labels", "requests")] == [0.25, 0]
@@ -326,7 +444,7 @@ def test_a_damaged_ledger_line_is_counted_and_asked_again(runs: Path, tmp_path: 
     again = ListedCritic()
     manifest = run_critic(runs, folder, again)
     assert again.asked == ["failed"]
-    assert manifest.counts["damaged_ledger_lines"] == 1
+    assert manifest.run["damaged_ledger_lines"] == 1
     assert labels_in(folder) == listed(*LABELLED)
 
 
@@ -351,7 +469,7 @@ def test_a_directory_of_something_else_is_not_written_to(runs: Path, tmp_path: P
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
         run_critic(runs, folder, ListedCritic())
-    with pytest.raises(ShardError, match="expected the output of label"):
+    with pytest.raises(ConfigError, match="a directory of label, this is one of ingest"):
         run_critic(runs, runs, ListedCritic())
 
 
@@ -373,6 +491,8 @@ def test_the_command_exits_with_1_where_requests_failed(runs: Path, tmp_path: Pa
     assert run.status == 1
     document = orjson.loads(run.stdout.splitlines()[-1])
     assert (document["failures"], document["asked"]) == (1, 3)
+    assert "failed: failed: labels.jsonl has no line of this trajectory" in run.stderr
+    assert run.stderr.endswith(f"all in {tmp_path / 'labels' / 'requests.parquet'}\n")
     assert labels_in(tmp_path / "labels") == listed("solved", "unknown")
 
 
@@ -382,3 +502,19 @@ def test_the_command_exits_with_0_where_all_have_labels(runs: Path, tmp_path: Pa
     run = srft_prep("label", runs, "-o", tmp_path / "labels", *options)
     assert (run.status, run.stderr) == (0, "")
     assert labels_in(tmp_path / "labels") == listed(*LABELLED)
+
+
+def test_the_command_replaces_another_critics_tables_only_with_overwrite(
+    runs: Path, tmp_path: Path
+) -> None:
+    words = ("label", runs, "-o", tmp_path / "labels", "--only", "all")
+    assert srft_prep(*words).status == 0
+    script = scripted_file(tmp_path / "labels.jsonl", LABELLED)
+    other = (*words, "--critic", "scripted", "--model", script)
+    refused = srft_prep(*other)
+    assert refused.status == 2
+    assert "holds labels of rules@" in refused.stderr
+    assert "say --overwrite to write the tables of scripted@" in refused.stderr
+    assert srft_prep(*other, "--overwrite").status == 0
+    assert labels_in(tmp_path / "labels") == listed(*LABELLED)
+    assert len(ledger_files(tmp_path / "labels")) == 2

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,14 @@ def changed(line: bytes, **values: Any) -> bytes:
         lambda line: changed(line, labels=[{"step_index": "0", "label": "good"}]),
         lambda line: changed(line, labels=[{"step_index": 0, "label": "good", "score": 1}]),
         lambda line: changed(line, labels=["good"]),
+        lambda line: changed(line, labels={}),
+        lambda line: changed(line, labels=""),
+        lambda line: changed(line, labels=[{"step_index": -1, "label": "good"}]),
+        lambda line: changed(line, labels=[{"step_index": 1 << 31, "label": "good"}]),
+        lambda line: changed(line, labels=[{"step_index": 0, "label": "good", "p_good": "0.5"}]),
+        lambda line: changed(line, labels=[{"step_index": 0, "label": "good", "p_harmful": 1.5}]),
+        lambda line: changed(line, labels=[{"step_index": 0, "label": "good", "p_good": True}]),
+        lambda line: changed(line, labels=[{"step_index": 0, "label": "good", "rationale": 7}]),
         lambda line: changed(line, usd="much"),
         lambda line: changed(line, failure=3),
     ],
@@ -171,6 +180,37 @@ def test_a_damaged_line_is_counted_and_its_neighbours_stay(tmp_path: Path, damag
         found = ledger.get(key(2))
         assert found is not None
         assert len(list(labels_of(found))) == 2
+
+
+@pytest.mark.parametrize("steps", [[], [0], [0, 0], [0, 2], [0, 1, 2], [0, 1, 1]])
+def test_a_line_that_does_not_label_each_step_once_is_dropped_but_stays_on_the_bill(
+    tmp_path: Path, steps: list[int]
+) -> None:
+    sound = line_of(tmp_path)
+    labels = [{"step_index": step, "label": "good"} for step in steps]
+    write_lines(tmp_path, changed(sound, labels=labels))
+    with Ledger(tmp_path) as ledger:
+        ledger.drop_unless_complete(key(), num_steps=2)
+        assert ledger.get(key()) is None
+        assert not ledger.has(key(), failed=True)
+        assert ledger.num_damaged == 1
+        assert ledger.spent(key())["usd"] == 0.5
+        ledger.append(key(), reply())
+        ledger.drop_unless_complete(key(), num_steps=2)
+        assert ledger.has(key(), failed=False)
+        assert ledger.spent(key())["usd"] == 1.0
+        assert ledger.num_damaged == 1
+
+
+def test_a_sound_line_and_a_failure_are_not_dropped(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        sound = reply()
+        ledger.append(key(0), replace(sound, labels=sound.labels[::-1]))
+        ledger.append(key(1), reply(1, failure="no list"))
+        for number in range(3):
+            ledger.drop_unless_complete(key(number), num_steps=2)
+        assert [ledger.has(key(number), failed=True) for number in range(3)] == [True, True, False]
+        assert ledger.num_damaged == 0
 
 
 def test_ledgers_copied_in_under_other_names_are_read(tmp_path: Path) -> None:

@@ -250,6 +250,47 @@ def test_a_link_to_nowhere_is_a_record_with_an_error(tmp_path: Path) -> None:
     assert discover([str(path)]) == [path]
 
 
+def stage_folder(path: Path, stage: str, *, finished: bool = True) -> Path:
+    data = orjson.dumps({"schema_version": 1, "stage": stage})
+    marker = path / ("manifest.json" if finished else ".progress/plan.json")
+    marker.parent.mkdir(parents=True)
+    marker.write_bytes(data)
+    (path / "part-00000.parquet").write_bytes(parquet([RUN]))
+    (path / "rejected.jsonl").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("stage", ["ingest", "label", "tokenize", "pack"])
+def test_what_a_stage_wrote_is_no_source(stage: str, finished: bool, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(orjson.dumps(RUN))
+    folder = stage_folder(tmp_path / "out" / "T", stage, finished=finished)
+    assert discover([str(tmp_path)]) == [tmp_path / "run.json"]
+    assert discover([str(tmp_path / "**" / "*.*")]) == [tmp_path / "run.json"]
+    for source in (folder, folder / "part-00000.parquet", folder / "*.parquet"):
+        with pytest.raises(ConfigError) as error:
+            discover([str(source)])
+        assert str(error.value) == f"{source}: is the output of {stage}; give the raw runs"
+
+
+def test_a_manifest_of_something_else_hides_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema_version": 3, "stage": "production"}')
+    (tmp_path / "run.json").write_bytes(orjson.dumps(RUN))
+    assert discover([str(tmp_path)]) == [tmp_path / "manifest.json", tmp_path / "run.json"]
+
+
+def test_a_null_in_a_struct_of_parquet_is_a_field_that_is_not_there() -> None:
+    calls = [
+        {"name": "view", "arguments": {"path": "a", "view_range": [1, None]}},
+        {"name": "sh", "arguments": {"command": "ls", "deep": {"x": 1}}},
+        {"name": "sh", "arguments": {"command": "", "deep": {"y": False}}},
+    ]
+    rows = [{"id": str(n), "calls": [call], "note": None} for n, call in enumerate(calls)]
+    assert values(read("a.parquet", parquet(rows))) == rows
+    lines_ = b"\n".join(map(orjson.dumps, [{"a": {"b": None}}, {"a": {"c": 1}}]))
+    assert values(read("a.jsonl", lines_)) == [{"a": {"b": None}}, {"a": {"c": 1}}]
+
+
 def test_a_path_is_printable_whatever_its_bytes() -> None:
     assert printable("a/é.json") == "a/é.json"
     assert printable(b"a/\xff.json".decode(errors="surrogateescape")) == r"a/\xff.json"

@@ -488,8 +488,37 @@ def test_a_recipe_that_leaves_nothing_says_why(tokens: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"rft leaves no trajectory to pack \(1 left_out\)"):
         pack(only, tmp_path / "shards", config(recipe="rft"))
     none = write_labels(tmp_path / "labels", [])
-    with pytest.raises(ConfigError, match="missing_label"):
+    with pytest.raises(LabelError, match=r"none of the 1 trajectories .* has a label"):
         pack(only, tmp_path / "shards", config(), labels=none)
+
+
+def test_labels_of_other_trajectories_are_refused_and_not_packed_as_rft(
+    tokens: Path, tmp_path: Path
+) -> None:
+    foreign = write_labels(tmp_path / "labels", [label_row(trajectory("another"), 0, "good")])
+    with pytest.raises(LabelError, match="made for other trajectories"):
+        pack(tokens, tmp_path / "shards", config(), labels=foreign)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_weights_are_refused_where_no_step_is_weighted_by_its_label(
+    tokens: Path, tmp_path: Path
+) -> None:
+    for change in ({"soft": True}, {"weights": {"good": 1.0, "unnecessary": 1.0, "harmful": 0.5}}):
+        with pytest.raises(ConfigError, match="gives every step weight 1"):
+            pack(tokens, tmp_path / "shards", config(recipe="naive", **change))
+
+
+def test_documents_without_a_weighted_token_can_be_left_out(tmp_path: Path) -> None:
+    rows = [token_row(RUNS[0]), token_row(RUNS[1])]
+    tokens = write_tokens(tmp_path / "tokens", rows)
+    harmful = labels_by(RUNS[1:2], {"failed": (H, H, H, H)})
+    labels = write_labels(tmp_path / "labels", harmful)
+    kept = pack(tokens, tmp_path / "kept", config(), labels=labels)
+    dropped = pack(tokens, tmp_path / "dropped", config(drop_weightless=True), labels=labels)
+    assert (kept.counts["num_documents"], kept.counts["weightless"]) == (2, 1)
+    assert (dropped.counts["num_documents"], dropped.counts["weightless"]) == (1, 1)
+    assert dropped.counts["sum_weights"] == kept.counts["sum_weights"]
 
 
 @pytest.mark.parametrize("place", [0.2, 0.5, 0.8])

@@ -1,6 +1,8 @@
 """Stage directories: whole or resumable, by one writer, and read only as they were written."""
 
 import tempfile
+from contextlib import suppress
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def test_a_plan_with_a_tuple_is_known_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"config": {"limit": 4}}, {"inputs": [{"sha256": "01"}]}, {"stage": "tokenize"}],
+    [{"config": {"limit": 4}}, {"inputs": [{"sha256": "01"}]}],
 )
 def test_another_plan_is_refused_and_replaces_only_with_overwrite(
     changes: dict[str, Any], tmp_path: Path
@@ -118,8 +120,104 @@ def test_an_unfinished_run_goes_on_after_its_journal(tmp_path: Path) -> None:
     with opened(out) as writer:
         assert writer.entry("part-0") == {"rows": 3}
         assert not list(out.glob(".*.tmp"))
-    with opened(out, config={"limit": 5}) as writer:
+
+
+def test_an_unfinished_run_of_another_plan_is_refused_and_replaces_only_with_overwrite(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    with opened(out) as writer:
+        write_table(table(3), out / "part-00000.parquet", row_group_rows=2)
+        writer.record("part-0", {"rows": 3})
+    with pytest.raises(ConfigError, match=r"holds an unfinished ingest .* --overwrite"):
+        opened(out, config={"limit": 5})
+    with opened(out) as writer:
+        assert writer.entry("part-0") == {"rows": 3}
+    with opened(out, config={"limit": 5}, overwrite=True) as writer:
         assert writer.entry("part-0") is None
+        assert not list(out.glob("part-*"))
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing cleans up after it."""
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_kill_anywhere_in_an_overwrite_leaves_what_can_be_gone_on_with(
+    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {name: getattr(Path, name) for name in ("unlink", "mkdir", "replace")}
+    calls, deadline = 0, 0
+
+    def dying(name: str) -> Any:
+        def call(self: Path, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > deadline:
+                raise Killed
+            return plain[name](self, *args, **kwargs)
+
+        return call
+
+    for deadline in range(40):
+        out = tmp_path / str(deadline)
+        if finished:
+            write(out)
+        else:
+            with opened(out) as writer:
+                write_table(table(3), out / "part-00000.parquet", row_group_rows=2)
+                writer.record("part-0", {"rows": 3})
+        (out / "rejected.jsonl").write_bytes(b"{}")
+        calls, killed = 0, True
+        with monkeypatch.context() as patch, suppress(Killed):
+            for name in plain:
+                patch.setattr(Path, name, dying(name))
+            opened(out, config={"limit": 4}, overwrite=True).__exit__()
+            killed = False
+        write(out, config={"limit": 4}, overwrite=True)
+        assert {path.name for path in out.iterdir()} == {"part-00000.parquet", "manifest.json"}
+        if not killed:
+            break
+    assert deadline > 4
+    assert not killed
+
+
+TOKENIZER = dict.fromkeys(("tokenizer", "tokenizer_hash", "template_hash"), "")
+STAGES = ["ingest", "label", "tokenize", "pack"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("old", "new"), list(permutations(STAGES, 2)))
+def test_a_directory_of_another_stage_is_refused_even_with_overwrite(
+    old: str, new: str, finished: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with opened(out, stage=old, accumulates=old == "label") as writer:
+        (out / "ledger-00000.jsonl").write_bytes(b"{}\n")
+        if finished:
+            counts = COUNTS | {"failures": 0}
+            extra: dict[str, Any] = {"seq_len": 1, "recipe": "naive", **TOKENIZER}
+            if old == "tokenize":
+                extra["tokenizer"] = {"source": "example", **TOKENIZER}
+            names = ["ledger-00000.jsonl"]
+            writer.finish(counts=counts, names=names, command=[], extra=extra)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ConfigError, match=f"a directory of {new}, this is one of {old}"):
+        opened(out, stage=new, accumulates=new == "label", overwrite=True)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_ledgers_survive_every_overwrite(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with opened(out, stage="label") as writer:
+        (out / "ledger-00000.jsonl").write_bytes(b"{}\n")
+        names = ["ledger-00000.jsonl"]
+        writer.finish(counts={"failures": 0}, names=names, command=[])
+    with opened(out, stage="label", config={"limit": 9}, overwrite=True):
+        assert (out / "ledger-00000.jsonl").exists()
+    (out / ".progress" / "plan.json").unlink()
+    with pytest.raises(ConfigError, match="this is one of label"):
+        opened(out, overwrite=True)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\x00\xff"])
@@ -162,8 +260,28 @@ def test_labels_accumulate_over_plans(tmp_path: Path) -> None:
             (out / f"ledger-{limit:05d}.jsonl").write_bytes(b"{}\n")
             writer.finish(counts={"failures": 0}, names=[], command=[])
     assert len(list(out.glob("ledger-*.jsonl"))) == 2
-    with pytest.raises(ShardError, match="expected the output of label, this is one of ingest"):
-        opened(write(tmp_path / "other").path, stage="label", accumulates=True)
+
+
+def test_labels_are_named_by_their_table_and_not_by_how_they_came(tmp_path: Path) -> None:
+    names = ["labels.parquet", "requests.parquet", "ledger-00000.jsonl"]
+    identities = []
+    for number in range(3):
+        out = tmp_path / str(number)
+        with opened(out, stage="label", accumulates=True) as writer:
+            write_table(table(3 + number // 2), out / names[0], row_group_rows=2)
+            write_table(table(number), out / names[1], row_group_rows=2)
+            (out / names[2]).write_bytes(b"{}\n" * number)
+            manifest = writer.finish(counts={"failures": 0}, names=names, command=[])
+        identities.append(manifest.as_input()["sha256"])
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_what_a_run_did_is_returned_and_not_written(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        manifest = writer.finish(counts=COUNTS, names=[], command=[], run={"asked": 3})
+    assert manifest.run == {"asked": 3}
+    assert read_manifest(tmp_path).run == {}
+    assert b"asked" not in (tmp_path / "manifest.json").read_bytes()
 
 
 def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ their headers announce, and lines that it removes were seen somewhere before. Di
 are right by construction and are not looked at.
 """
 
+import io
 import re
 from typing import Final
 
@@ -16,6 +17,8 @@ _EMPTY_SUBMISSIONS: Final = ("EMPTY_OUTPUT", "No changes to submit", "Empty patc
 _RESULT: Final = "Last output from code snippet:"
 _CHECKED_LINES: Final = 100
 _TELLING_CHARS: Final = 12
+_CHECKED_PATCHES: Final = 20
+"""Typed patches of a run that are held against what it had seen: each costs a pass over that."""
 
 
 def typed_patch(step: StepEvidence) -> str | None:
@@ -66,8 +69,15 @@ def _unapplicable(step: StepEvidence) -> str | None:
 
 def _find_invented_lines(run: Run) -> Findings:
     """Yield typed patches that remove lines never shown, drafts of the patch itself left out."""
+    seen = io.StringIO(run.prompt)  # grows with the run, and is searched at a submission only
+    seen.seek(0, io.SEEK_END)
+    checked = 0
     for step in run.steps:
-        patch = typed_patch(step)
+        patch = typed_patch(step) if checked < _CHECKED_PATCHES else None
+        checked += patch is not None
+        shown = "" if patch is None else seen.getvalue()
+        lines = (line for line in step.output.split("\n") if not line.startswith("-"))
+        seen.writelines(f"\n{line}" for line in lines)
         if patch is None:
             continue
         removed = [
@@ -75,10 +85,7 @@ def _find_invented_lines(run: Run) -> Findings:
             for line in patch.split("\n")
             if line.startswith("-") and len(text := line[1:].strip()) >= _TELLING_CHARS
         ]
-        outputs = (before.output for before in run.steps[: step.index])
-        lines = (line for output in outputs for line in output.split("\n"))
-        seen = "\n".join([run.prompt, *(line for line in lines if not line.startswith("-"))])
-        unseen = [line for line in removed[:_CHECKED_LINES] if line not in seen]
+        unseen = [line for line in removed[:_CHECKED_LINES] if line not in shown]
         if unseen:
             yield (
                 step.index,

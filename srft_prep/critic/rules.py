@@ -74,9 +74,9 @@ class RulesCritic:
         """Yield one reply for each request, in order."""
         for request in requests:
             started = time.perf_counter()
-            missing = [step for step in request.steps if not self._has(request, step)]
+            count = request.trajectory.num_steps
+            missing = [step for step in request.steps if not 0 <= step < count]
             if missing:
-                count = request.trajectory.num_steps
                 yield CriticReply(
                     request=request,
                     failure=f"no steps {missing[:10]}: the trajectory has {count}",
@@ -100,10 +100,6 @@ class RulesCritic:
             )
             for index in request.steps
         )
-
-    @staticmethod
-    def _has(request: CriticRequest, step: int) -> bool:
-        return 0 <= step < request.trajectory.num_steps
 
 
 def _hash_of(rules: Sequence[Rule]) -> str:

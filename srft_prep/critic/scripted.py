@@ -1,14 +1,15 @@
 """The scripted critic: labels from a file, for tests and for labels made by hand or elsewhere.
 
 The file is JSONL, or CSV with a header (by its suffix `.csv`), one line a step: `trajectory_id,
-step_index, label`, and optionally `p_good, p_unnecessary, p_harmful, rationale`. Other fields are
-ignored. Read once, when the critic is opened; a request whose steps have no line is a failure.
+step_index, label`, and optionally `p_good, p_unnecessary, p_harmful, rationale` (or `reason`, as a
+model critic is asked for it). Other fields are ignored. Read once, when the critic is opened. A
+request is a failure where a step asked has no line, or a line's step is none of the trajectory.
 """
 
 import csv
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,33 +49,46 @@ class ScriptedCritic:
                 "(give its path as --model)"
             ) from None
         self.critic_id = f"scripted@{hashlib.blake2b(raw, digest_size=8).hexdigest()}"
-        self._labels: dict[tuple[str, int], StepLabel] = {}
+        self._labels: dict[str, dict[int, StepLabel]] = {}
+        """By trajectory and step."""
         lines: dict[tuple[str, int], int] = {}
         for line, record in self._records(raw):
             where = f"{self.path}:{line}"
-            key = (_text(record, "trajectory_id", where=where), _step(record, where=where))
-            if key in lines:
+            name, step = _text(record, "trajectory_id", where=where), _step(record, where=where)
+            if (name, step) in lines:
                 raise LabelError(
-                    f"{where}: expected one label for a step, got a second one for step {key[1]} "
-                    f"of {key[0]} (the first is in line {lines[key]}; remove one)"
+                    f"{where}: expected one label for a step, got a second one for step {step} "
+                    f"of {name} (the first is in line {lines[name, step]}; remove one)"
                 )
-            lines[key] = line
-            self._labels[key] = _step_label(record, key[1], where=where)
+            lines[name, step] = line
+            self._labels.setdefault(name, {})[step] = _step_label(record, step, where=where)
 
     def label(self, requests: Iterable[CriticRequest]) -> Iterator[CriticReply]:
         """Yield one reply for each request, in order."""
         for request in requests:
-            name = request.trajectory.trajectory_id
-            found = [self._labels.get((name, step)) for step in request.steps]
-            labels = tuple(label for label in found if label is not None)
-            if len(labels) == len(request.steps):
+            found = self._labels.get(request.trajectory.trajectory_id, {})
+            if failure := self._problem_of(request, found):
+                yield CriticReply(request=request, failure=failure)
+            else:
+                labels = tuple(found[step] for step in request.steps)
                 yield CriticReply(request=request, labels=labels)
-                continue
-            missing = [step for step, label in zip(request.steps, found, strict=True) if not label]
-            named = ", ".join(str(step) for step in missing[:_NAMED_STEPS])
-            more = f" and {len(missing) - _NAMED_STEPS} more" if len(missing) > _NAMED_STEPS else ""
-            noun = "step" if len(missing) == 1 else "steps"
-            yield CriticReply(request=request, failure=f"no label for {noun} {named}{more}")
+
+    def _problem_of(self, request: CriticRequest, found: Mapping[int, StepLabel]) -> str | None:
+        """Return why a trajectory's labels do not answer a request, or None."""
+        num_steps = request.trajectory.num_steps
+        if not found:
+            if not self._labels:
+                return f"{self.path.name} holds no labels"
+            return (
+                f"{self.path.name} has no line of this trajectory; those it has lines of "
+                f"({len(self._labels)}) are named like {next(iter(self._labels))}"
+            )
+        if unknown := sorted(step for step in found if step >= num_steps):
+            has = {0: "no step", 1: "only step 0"}.get(num_steps, f"the steps 0 to {num_steps - 1}")
+            return f"a label for {_named(unknown)}, but the trajectory has {has}"
+        if missing := [step for step in request.steps if step not in found]:
+            return f"no label for {_named(missing)}"
+        return None
 
     def close(self) -> None:
         """Do nothing: the file was read when the critic was opened."""
@@ -118,6 +132,12 @@ class ScriptedCritic:
             raise LabelError(f"{self.path}:{reader.line_num + 1}: expected CSV: {error}") from None
 
 
+def _named(steps: Sequence[int]) -> str:
+    named = ", ".join(str(step) for step in steps[:_NAMED_STEPS])
+    more = f" and {len(steps) - _NAMED_STEPS} more" if len(steps) > _NAMED_STEPS else ""
+    return f"{'step' if len(steps) == 1 else 'steps'} {named}{more}"
+
+
 def _text(record: Mapping[str, Any], key: str, *, where: str) -> str:
     value = record.get(key)
     if isinstance(value, str) and value:
@@ -139,9 +159,10 @@ def _step_label(record: Mapping[str, Any], step: int, *, where: str) -> StepLabe
     label: Label | None = next((known for known in LABELS if known == text), None)
     if label is None:
         raise LabelError(f"{where}: label: expected one of {', '.join(LABELS)}, got {_shown(text)}")
-    rationale = record.get("rationale")
+    key = "reason" if record.get("rationale") is None else "rationale"
+    rationale = record.get(key)
     if rationale is not None and not isinstance(rationale, str):
-        raise LabelError(f"{where}: rationale: expected text, got {_shown(rationale)}")
+        raise LabelError(f"{where}: {key}: expected text, got {_shown(rationale)}")
     good, unnecessary, harmful = (_probability(record, key, where=where) for key in _PROBABILITIES)
     return StepLabel(
         step_index=step,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from srft_prep.critic import CriticRequest, open_critic
@@ -64,7 +66,45 @@ def test_steps_without_a_line_make_the_request_a_failure(tmp_path):
     assert ask(critic, *range(2, 20)).failure.endswith("9, 10, 11 and 8 more")
     other = Trajectory(trajectory_id="x", instance_id="i", format="messages", messages=())
     (reply,) = critic.label([CriticRequest(trajectory=other, part="all", steps=(0,))])
-    assert reply.failure == "no label for step 0"
+    assert reply.failure.startswith("labels.jsonl has no line of this trajectory")
+
+
+def test_a_file_about_other_trajectories_says_which_names_it_has(tmp_path):
+    other = Trajectory(trajectory_id="x", instance_id="i", format="messages", messages=())
+    request = CriticRequest(trajectory=other, part="all", steps=(0,))
+    (reply,) = ScriptedCritic(model=write(tmp_path, JSONL)).label([request])
+    assert reply.failure == (
+        "labels.jsonl has no line of this trajectory; those it has lines of (1) are named like "
+        "run-1"
+    )
+    (reply,) = ScriptedCritic(model=write(tmp_path, "", "none.jsonl")).label([request])
+    assert reply.failure == "none.jsonl holds no labels"
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "has"), [(0, "no step"), (1, "only step 0"), (4, "the steps 0 to 3")]
+)
+def test_a_label_for_a_step_that_the_trajectory_lacks_is_a_failure(tmp_path, num_steps, has):
+    lines = [
+        f'{{"trajectory_id": "run-1", "step_index": {step}, "label": "good"}}\n'
+        for step in (*range(num_steps), 999)
+    ]
+    run = replace(TRAJECTORY, messages=TRAJECTORY.messages[:num_steps])
+    request = CriticRequest(trajectory=run, part="all", steps=tuple(range(num_steps)))
+    (reply,) = ScriptedCritic(model=write(tmp_path, "".join(lines))).label([request])
+    assert reply.labels == ()
+    assert reply.failure == f"a label for step 999, but the trajectory has {has}"
+
+
+def test_a_reason_is_a_rationale_where_there_is_none(tmp_path):
+    text = JSONL.replace('"good"', '"good", "reason": "first"').replace(
+        '"rationale"', '"reason": "not this", "rationale"'
+    )
+    labels = ask(ScriptedCritic(model=write(tmp_path, text)), 0, 1).labels
+    assert [label.rationale for label in labels] == ["first", "breaks the parser"]
+    text = CSV.replace("rationale", "reason")
+    labels = ask(ScriptedCritic(model=write(tmp_path, text, "labels.csv")), 0, 1).labels
+    assert [label.rationale for label in labels] == [None, "breaks\nthe parser"]
 
 
 def test_the_id_follows_the_bytes_of_the_file(tmp_path):
@@ -93,6 +133,7 @@ GOOD = '{"trajectory_id": "r", "step_index": 0, "label": "good"}'
         (GOOD[:-1] + ', "p_good": true}', r":2: p_good: expected a number from 0 to 1"),
         (GOOD[:-1] + ', "p_good": [1]}', r":2: p_good: expected a number from 0 to 1"),
         (GOOD[:-1] + ', "rationale": 1}', r":2: rationale: expected text, got 1"),
+        (GOOD[:-1] + ', "reason": 1}', r":2: reason: expected text, got 1"),
         (JSONL.split("\n")[0], r":2: expected one label .* step 0 of run-1 .* line 1"),
     ],
 )  # fmt: skip
