@@ -25,8 +25,8 @@ import orjson
 import polars as pl
 
 from srft_prep.config import DEFAULT_SEQ_LEN
+from srft_prep.manifest import read_manifest
 from srft_prep.packing import best_fit_decreasing
-from srft_prep.storage import read_manifest
 
 SHARE_ABOVE = 0.1
 """Share of the drawn lengths above the capacity."""

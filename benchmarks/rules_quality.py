@@ -6,7 +6,8 @@ Rows: the rules, everything harmful, nothing harmful. The gold sets mark harmful
 step that the rules call unnecessary counts as not harmful. `within 1` counts a flag as right where
 the step or the one after it is marked: annotators often mark the step that sees an error instead of
 the one that made it (on trail_swe, 13 of 16 steps after a crash are marked, and 7 of 16 crashes).
-Each rule's row counts it alone, before precedence. The last line of stdout is one JSON document. Without the label sets there is nothing to measure.
+Each rule's row counts it alone, before precedence. The last line of stdout is one JSON document.
+Without the label sets there is nothing to measure.
 """
 
 import argparse

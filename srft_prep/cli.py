@@ -14,8 +14,10 @@ import click
 import orjson
 
 from srft_prep import __version__
-from srft_prep.commands import FOLDER, ingest, json_option, label, pack, tokenize
 from srft_prep.errors import SrftError
+from srft_prep.label_commands import ingest, label
+from srft_prep.options import FOLDER, json_option
+from srft_prep.token_commands import pack, tokenize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -18,16 +18,16 @@ import orjson
 import polars as pl
 import pyarrow.parquet as pq
 
-from srft_prep.config import OUTCOMES as OUTCOMES  # verification takes it from here
-from srft_prep.config import IngestConfig
+from srft_prep.config import OUTCOMES, IngestConfig
 from srft_prep.errors import ConfigError, FormatError
 from srft_prep.exclusion import Exclusion, names_instance
+from srft_prep.manifest import Manifest
 from srft_prep.outcomes import Outcomes, outcomes_in, read_outcomes, report_files
 from srft_prep.progress import Progress, Silent
 from srft_prep.readers import reader_of
 from srft_prep.records import Record, discover, printable, records
 from srft_prep.sampling import draw_sample
-from srft_prep.storage import Manifest, StageWriter, atomic_path, write_table
+from srft_prep.storage import StageWriter, atomic_path, write_table
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import Message, Trajectory
 

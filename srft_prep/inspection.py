@@ -22,7 +22,7 @@ import orjson
 import polars as pl
 
 from srft_prep.errors import ConfigError, LabelError
-from srft_prep.storage import Manifest, read_manifest
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import LABELS, Label, Message, Trajectory
 from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES

@@ -6,7 +6,7 @@ from typing import Final
 import polars as pl
 
 from srft_prep.errors import ConfigError, LabelError
-from srft_prep.storage import Manifest
+from srft_prep.manifest import Manifest
 from srft_prep.types import LABELS
 from srft_prep.weights import StepJudgement, is_distribution
 

@@ -20,16 +20,10 @@ from srft_prep.config import LabelConfig, Only
 from srft_prep.critic import Critic, CriticReply, CriticRequest
 from srft_prep.errors import ConfigError
 from srft_prep.ledger import USAGE, Key, Ledger, key_of, labels_of, ledger_files
+from srft_prep.manifest import MANIFEST, Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import LABELS, REQUESTS
-from srft_prep.storage import (
-    MANIFEST,
-    PARQUET_OPTIONS,
-    Manifest,
-    StageWriter,
-    atomic_path,
-    read_manifest,
-)
+from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import LABELS as LABEL_NAMES
 from srft_prep.types import Trajectory

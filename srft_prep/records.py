@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 import orjson
 
 from srft_prep.errors import ConfigError
+from srft_prep.manifest import MANIFEST, PROGRESS
 from srft_prep.readers import Origin, describe, recognised
-from srft_prep.storage import MANIFEST, PROGRESS
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

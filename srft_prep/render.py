@@ -4,7 +4,7 @@ The template is compiled once more with marks: its own syntax tree gets an outpu
 head of each loop over the messages, and one behind the loop. A mark is a private-use character
 that occurs nowhere in the conversation, so that the marks can be taken out again and leave the
 exact text that `apply_chat_template` gives. What lies between a message's mark and the next is
-that message's rendering; no text is ever searched for.
+that message's rendering; no message text is ever searched for.
 
 An action's span runs from behind the assistant header, which is what `add_generation_prompt`
 writes, to the end of the last control token of its rendering, the end of turn. The agent wrote

@@ -26,10 +26,11 @@ from srft_prep.config import PackConfig
 from srft_prep.documents import Document, Run, documents_of
 from srft_prep.errors import ConfigError, LabelError, ShardError
 from srft_prep.judgements import JudgedTrajectory, read_judgements
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.packing import best_fit_decreasing
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import SHARDS
-from srft_prep.storage import Manifest, StageWriter, read_manifest, write_table
+from srft_prep.storage import StageWriter, write_table
 from srft_prep.types import LABELS
 from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES, step_weights
 

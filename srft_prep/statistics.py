@@ -6,7 +6,7 @@ from typing import Any, Final
 import polars as pl
 
 from srft_prep.errors import LabelError, ShardError
-from srft_prep.storage import Manifest, read_manifest
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.types import LABELS
 
 OUTCOMES: Final = ("resolved", "unresolved", "unknown")

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 from srft_prep.chat import Conversation, LoadedTokenizer, TokenizerSpec, load_spec
 from srft_prep.config import History, TokenizeConfig
 from srft_prep.errors import BackendError, ConfigError, FormatError
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import SPAN, TOKENS
-from srft_prep.storage import PARQUET_OPTIONS, Manifest, StageWriter, atomic_path, read_manifest
+from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 

@@ -19,8 +19,9 @@ from srft_prep.critic import CriticReply, CriticRequest, StepLabel
 from srft_prep.examples.record import RUNS_DIR
 from srft_prep.ingest import ingest
 from srft_prep.labeling import label
+from srft_prep.manifest import Manifest
 from srft_prep.schemas import LABELS, REQUESTS
-from srft_prep.storage import Manifest, StageWriter, write_table
+from srft_prep.storage import StageWriter, write_table
 from srft_prep.tokens import TokenRow, _table, tokenize
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import LABELS as NAMES

@@ -21,9 +21,9 @@ import pytest
 import zstandard
 
 from srft_prep.errors import FormatError, ShardError
+from srft_prep.manifest import read_manifest
 from srft_prep.readers import recognised
 from srft_prep.records import records
-from srft_prep.storage import read_manifest
 from srft_prep.verification import verify
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ from srft_prep.config import IngestConfig, parse_sample
 from srft_prep.errors import ConfigError
 from srft_prep.exclusion import read_exclusions
 from srft_prep.ingest import ingest
-from srft_prep.storage import Manifest
+from srft_prep.manifest import Manifest
 
 WORDS = ("resolved", "unresolved", "unknown")
 RUNS = Path(__file__).resolve().parents[1] / "srft_prep" / "examples" / "runs"

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from srft_prep.manifest import read_manifest
 from srft_prep.schemas import TOKENS
-from srft_prep.storage import StageWriter, read_manifest, write_table
+from srft_prep.storage import StageWriter, write_table
 
 pytestmark = [
     pytest.mark.slow,
@@ -325,9 +326,6 @@ def test_a_torn_last_line_of_a_ledger_is_asked_again_and_only_that(
     ledger.write_bytes(ledger.read_bytes()[:-40])
     finish(("label", expected / "ingest", "-o", output))
     assert_same(output, expected / "label")
-    counts = orjson.loads((output / "manifest.json").read_bytes())["counts"]
-    assert counts["asked"] == 1
-    assert "damaged_ledger_lines" not in counts
     assert set(Counter(ledger_keys(output)).values()) == {1}
 
 

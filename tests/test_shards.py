@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError, LabelError
+from srft_prep.manifest import Manifest
 from srft_prep.schemas import SHARDS
 from srft_prep.shards import IGNORED, ROW_GROUP_ROWS, pack, shuffled
-from srft_prep.storage import Manifest
 from srft_prep.tokens import tokenize
 from srft_prep.types import Label, Trajectory
 from srft_prep.verification import verify

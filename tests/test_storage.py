@@ -14,16 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srft_prep.errors import ConfigError, ShardError
-from srft_prep.storage import (
-    Manifest,
-    StageWriter,
-    atomic_path,
-    describe_file,
-    hash_of,
-    read_manifest,
-    write_bytes,
-    write_table,
-)
+from srft_prep.manifest import Manifest, describe_file, hash_of, read_manifest
+from srft_prep.storage import StageWriter, atomic_path, write_bytes, write_table
 
 COUNTS = {"trajectories": 3, "rejected": 0}
 INPUTS = [{"path": "/somewhere", "sha256": "00"}]

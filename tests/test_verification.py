@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from srft_prep.config import PackConfig
+from srft_prep.manifest import describe_file
 from srft_prep.schemas import LABELS, REQUESTS, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import pack
-from srft_prep.storage import describe_file, write_table
+from srft_prep.storage import write_table
 from srft_prep.types import Message, Trajectory
 from srft_prep.verification import MAX_PROBLEMS, verify
 from srft_prep.weights import DEFAULT_WEIGHTS
