@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -27,14 +26,14 @@ from srft_prep.progress import Progress, Silent
 from srft_prep.readers import reader_of
 from srft_prep.records import Record, discover, printable, records
 from srft_prep.sampling import draw_sample
-from srft_prep.storage import StageWriter, atomic_path, write_table
+from srft_prep.schemas import REJECTED_FILE
+from srft_prep.storage import StageWriter, write_rejected, write_table
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import Message, Trajectory
 
 PART_ROWS: Final = 256
 PART_BYTES: Final = 32 << 20
 ROW_GROUP_ROWS: Final = 32
-REJECTED: Final = "rejected.jsonl"
 
 
 @dataclass(slots=True)
@@ -120,11 +119,15 @@ def ingest(
             parts = [folder / name for name in names]
             names = draw_sample(parts, output, config, counts=counts, row_group_rows=ROW_GROUP_ROWS)
         counts |= _describe_parts([output / name for name in names])
-        with atomic_path(output / REJECTED) as temporary, temporary.open("wb") as file:
-            for number in range(len(entries)):
-                rejected = (writer.entry(f"ingest-{number:05d}") or {})["rejected"]
-                file.writelines(orjson.dumps(line) + b"\n" for line in rejected)
-        return writer.finish(counts=counts, names=[*names, REJECTED], command=command or [])
+        write_rejected(
+            output,
+            (
+                line
+                for number in range(len(entries))
+                for line in (writer.entry(f"ingest-{number:05d}") or {})["rejected"]
+            ),
+        )
+        return writer.finish(counts=counts, names=[*names, REJECTED_FILE], command=command or [])
 
 
 def _outside(output: Path, files: list[Path]) -> list[Path]:

@@ -23,6 +23,7 @@ import polars as pl
 
 from srft_prep.errors import ConfigError, LabelError
 from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.schemas import LABELS_FILE
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import LABELS, Label, Message, Trajectory
 from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES
@@ -155,7 +156,7 @@ def _judgement(label: Label | None, trajectory: Trajectory) -> str:
 def _labels_of(trajectory: Trajectory, folder: Path) -> dict[int, tuple[Label, str | None]]:
     source = read_manifest(folder, stage="label").checked()
     rows = (
-        pl.scan_parquet(source.path / "labels.parquet")
+        pl.scan_parquet(source.path / LABELS_FILE)
         .filter(pl.col("trajectory_id") == trajectory.trajectory_id)
         .collect()
     )

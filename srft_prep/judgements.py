@@ -7,6 +7,7 @@ import polars as pl
 
 from srft_prep.errors import ConfigError, LabelError
 from srft_prep.manifest import Manifest
+from srft_prep.schemas import LABELS_FILE
 from srft_prep.types import LABELS
 from srft_prep.weights import StepJudgement, is_distribution
 
@@ -32,7 +33,7 @@ def read_judgements(source: Manifest, *, soft: bool) -> dict[str, JudgedTrajecto
     """
     probabilities = ["p_good", "p_unnecessary", "p_harmful"] if soft else []
     columns = ["trajectory_id", "content_hash", "step_index", "label", *probabilities]
-    rows = pl.read_parquet(source.path / "labels.parquet", columns=columns)
+    rows = pl.read_parquet(source.path / LABELS_FILE, columns=columns)
     if unknown := set(rows["label"].unique()) - set(LABELS):
         raise LabelError(
             f"{source.path}: expected labels {', '.join(LABELS)}, got {sorted(unknown)[0]!r}"

@@ -22,14 +22,12 @@ from srft_prep.errors import ConfigError
 from srft_prep.ledger import USAGE, Key, Ledger, key_of, labels_of, ledger_files
 from srft_prep.manifest import MANIFEST, Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
-from srft_prep.schemas import LABELS, REQUESTS
+from srft_prep.schemas import LABELS, LABELS_FILE, REQUESTS, REQUESTS_FILE
 from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import LABELS as LABEL_NAMES
 from srft_prep.types import Trajectory
 
-LABELS_FILE: Final = "labels.parquet"
-REQUESTS_FILE: Final = "requests.parquet"
 ROW_GROUP_ROWS: Final = 1 << 15
 SHOWN_FAILURES: Final = 3
 """How many failures the manifest spells out; all of them are in the table of requests."""

@@ -9,7 +9,7 @@ import orjson
 import pyarrow.parquet as pq
 
 from srft_prep.errors import ShardError
-from srft_prep.schemas import SCHEMA_VERSION
+from srft_prep.schemas import LABELS_FILE, SCHEMA_VERSION
 
 MANIFEST: Final = "manifest.json"
 PROGRESS: Final = ".progress"
@@ -75,7 +75,7 @@ class Manifest:
         names = [
             [file["name"], file["sha256"]]
             for file in self.files
-            if self.stage != "label" or file["name"] == "labels.parquet"
+            if self.stage != "label" or file["name"] == LABELS_FILE
         ]
         return {"path": str(self.path), "stage": self.stage, "sha256": hash_of(names)}
 

@@ -11,6 +11,10 @@ import pyarrow as pa
 SCHEMA_VERSION: Final = 1
 """Version of all file contracts; a reader refuses a newer one."""
 
+LABELS_FILE: Final = "labels.parquet"
+REQUESTS_FILE: Final = "requests.parquet"
+REJECTED_FILE: Final = "rejected.jsonl"
+
 MESSAGE: Final = pa.struct(
     [
         pa.field("role", pa.string(), nullable=False),

@@ -5,12 +5,13 @@ from typing import Any, Final
 
 import polars as pl
 
+from srft_prep.config import OUTCOMES
 from srft_prep.errors import LabelError, ShardError
 from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.schemas import LABELS_FILE, REQUESTS_FILE
 from srft_prep.types import LABELS
 
-OUTCOMES: Final = ("resolved", "unresolved", "unknown")
-COLUMNS: Final = (*OUTCOMES, "all")
+COLUMNS: Final = (*OUTCOMES.values(), "all")
 
 _KEY: Final = {"trajectory_id": pl.String, "content_hash": pl.String}
 _TRAJECTORIES: Final = {**_KEY, "resolved": pl.Boolean, "num_steps": pl.Int32}
@@ -66,12 +67,12 @@ def _lengths(rows: pl.DataFrame) -> dict[str, Any]:
 def _add_labels(numbers: dict[str, Any], rows: pl.DataFrame, folder: Path) -> None:
     source = read_manifest(folder, stage="label").checked()
     labels = pl.read_parquet(
-        source.path / "labels.parquet", columns=["trajectory_id", "content_hash", "label"]
+        source.path / LABELS_FILE, columns=["trajectory_id", "content_hash", "label"]
     )
     joined = labels.join(rows, on=["trajectory_id", "content_hash"], how="inner")
     if labels.height and not joined.height:
         raise LabelError(f"{folder}: none of its labels belongs to these trajectories")
-    requests = pl.read_parquet(source.path / "requests.parquet")
+    requests = pl.read_parquet(source.path / REQUESTS_FILE)
     costs = requests.join(rows, on="trajectory_id", how="inner")
     for name in COLUMNS:
         found = dict(_of(joined, name)["label"].value_counts().iter_rows())

@@ -14,7 +14,7 @@ write: it holds a lock on the directory, which the kernel drops when the process
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from srft_prep import __version__
 from srft_prep.errors import ConfigError
 from srft_prep.manifest import MANIFEST, PROGRESS, Manifest, describe_file, read_manifest
-from srft_prep.schemas import SCHEMA_VERSION
+from srft_prep.schemas import LABELS_FILE, REJECTED_FILE, REQUESTS_FILE, SCHEMA_VERSION
 
 PLAN: Final = "plan.json"
 LEDGERS: Final = "ledger-*.jsonl"
@@ -144,7 +144,7 @@ class StageWriter:
 
     def _reopen(self) -> None:
         if self._refuse_other_stage() is None:
-            tables = ("labels.parquet", "requests.parquet")
+            tables = (LABELS_FILE, REQUESTS_FILE)
             self._refuse_foreign_files(allowed=(PROGRESS, ".*.tmp", LEDGERS, *tables))
         self.progress.mkdir(exist_ok=True)
         write_bytes(self.progress / PLAN, orjson.dumps(self.plan))
@@ -272,6 +272,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file atomically and durably."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def write_rejected(folder: Path, rejected: Iterable[Mapping[str, Any]]) -> None:
+    """Write `rejected.jsonl`: one line for each record that a stage did not take."""
+    with atomic_path(folder / REJECTED_FILE) as temporary, temporary.open("wb") as file:
+        file.writelines(orjson.dumps(line) + b"\n" for line in rejected)
 
 
 def write_table(table: pa.Table, path: Path, *, row_group_rows: int) -> None:

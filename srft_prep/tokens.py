@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -33,8 +32,8 @@ from srft_prep.config import History, TokenizeConfig
 from srft_prep.errors import BackendError, ConfigError, FormatError
 from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
-from srft_prep.schemas import SPAN, TOKENS
-from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path
+from srft_prep.schemas import REJECTED_FILE, SPAN, TOKENS
+from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path, write_rejected
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 
@@ -48,7 +47,6 @@ ROW_GROUP_ROWS: Final = 16
 ROW_GROUP_TOKENS: Final = 1 << 20
 """A row group of a part holds as many rows or about as many tokens, whichever comes first."""
 
-REJECTED: Final = "rejected.jsonl"
 CHECKED_TRAJECTORIES: Final = 64
 """Trajectories on which a template is tried before anything is written."""
 
@@ -117,12 +115,10 @@ def tokenize(
         counts: Counter[str] = Counter(sequences=0, tokens=0, step_tokens=0, rejected=0)
         for name in names:
             counts.update(entries[name]["counts"])
-        with atomic_path(output / REJECTED) as temporary, temporary.open("wb") as file:
-            for name in names:
-                file.writelines(orjson.dumps(row) + b"\n" for row in entries[name]["rejected"])
+        write_rejected(output, (row for name in names for row in entries[name]["rejected"]))
         return writer.finish(
             counts=dict(counts),
-            names=[*names, REJECTED],
+            names=[*names, REJECTED_FILE],
             command=command or [],
             extra={"tokenizer": spec.describe()},
         )

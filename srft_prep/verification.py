@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srft_prep.config import OUTCOMES
-from srft_prep.labeling import LABELS_FILE
 from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
-from srft_prep.schemas import REQUESTS, SHARDS, TOKENS, TRAJECTORIES
+from srft_prep.schemas import LABELS_FILE, REQUESTS, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import IGNORED
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import KINDS, LABELS

@@ -39,6 +39,19 @@ def outcome_of(record: dict[str, Any], key: str, *, where: str) -> bool | None:
     raise FormatError(f"{where}: field {key!r}: expected a bool, 0, 1 or -1, got {shown}")
 
 
+def first_text(record: dict[str, Any], *keys: str) -> str | None:
+    """Return the first of a record's text fields that is there, None for none.
+
+    Raises:
+        FormatError: it is no text.
+    """
+    for key in keys:
+        value: str | None = field(record, key, str, where="record")
+        if value is not None:
+            return value
+    return None
+
+
 def text_of(content: Any, *, where: str) -> str | None:
     """Return the text of a message's content: a string, null, or a list of typed parts.
 

@@ -12,7 +12,7 @@ import orjson
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
 from srft_prep.readers.conversation import conversation_of, named_by_content
-from srft_prep.readers.fields import field, outcome_of, rows_of, tools_json
+from srft_prep.readers.fields import field, first_text, outcome_of, rows_of, tools_json
 from srft_prep.types import Trajectory
 
 _COLUMNS: Final = ("messages", "conversations")
@@ -60,9 +60,9 @@ def read(record: Any, *, origin: Origin) -> Trajectory:
         format="messages",
         messages=conversation_of(raws),
         resolved=outcome_of(record, "resolved", where="record"),
-        model=_text(record, "model", "model_name"),
-        exit_status=_text(record, "exit_status", "finish_reason"),
-        patch=_text(record, "patch", "model_patch"),
+        model=first_text(record, "model", "model_name"),
+        exit_status=first_text(record, "exit_status", "finish_reason"),
+        patch=first_text(record, "patch", "model_patch"),
         tools=tools_json(record.get("tools"), where="record"),
     )
     return named_by_content(trajectory, origin=origin)
@@ -100,13 +100,4 @@ def _name(record: dict[str, Any], *keys: str) -> str | None:
         name: str | None = field(record, key, str, where="record")
         if name is not None:
             return name
-    return None
-
-
-def _text(record: dict[str, Any], *keys: str) -> str | None:
-    """Return the first of the fields that is there."""
-    for key in keys:
-        value: str | None = field(record, key, str, where="record")
-        if value is not None:
-            return value
     return None

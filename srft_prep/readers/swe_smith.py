@@ -11,7 +11,7 @@ from typing import Any, Final
 from srft_prep.errors import FormatError
 from srft_prep.readers import Origin
 from srft_prep.readers.conversation import conversation_of, ended, named_by_content
-from srft_prep.readers.fields import field, outcome_of, rows_of, tools_json
+from srft_prep.readers.fields import first_text, outcome_of, rows_of, tools_json
 from srft_prep.types import Message, Trajectory
 
 _NAMES: Final = ("instance_id", "traj_id", "trajectory_id")
@@ -50,32 +50,23 @@ def read(record: Any, *, origin: Origin) -> Trajectory:
     """
     if not isinstance(record, dict):
         raise FormatError(f"expected an object, got {type(record).__name__}")
-    patch = _text(record, "patch", "model_patch")
+    patch = first_text(record, "patch", "model_patch")
     messages = conversation_of(rows_of(record, "messages"), not_the_model=INVENTED_SUBMIT)
     if patch and patch.strip() and _shows(messages[-1], patch.strip()):
         messages = ended(messages)
     outcome = "resolved" if record.get("resolved") is not None else "verified"
     trajectory = Trajectory(
-        trajectory_id=_text(record, "traj_id", "trajectory_id") or "",
-        instance_id=_text(record, "instance_id") or "",
+        trajectory_id=first_text(record, "traj_id", "trajectory_id") or "",
+        instance_id=first_text(record, "instance_id") or "",
         format="swe-smith",
         messages=messages,
         resolved=outcome_of(record, outcome, where="record"),
-        model=_text(record, "model", "model_name"),
-        exit_status=_text(record, "exit_status", "finish_reason"),
+        model=first_text(record, "model", "model_name"),
+        exit_status=first_text(record, "exit_status", "finish_reason"),
         patch=patch,
         tools=tools_json(record.get("tools"), where="record"),
     )
     return named_by_content(trajectory, origin=origin)
-
-
-def _text(record: dict[str, Any], *keys: str) -> str | None:
-    """Return the first of the fields that is there."""
-    for key in keys:
-        value: str | None = field(record, key, str, where="record")
-        if value is not None:
-            return value
-    return None
 
 
 def _shows(message: Message, patch: str) -> bool:
