@@ -1,5 +1,6 @@
 """Fixtures of all tests: the shared data beside the checkout, and small stage directories."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def shared_data() -> Path:
     """The folder of real data beside the checkout; it is there in CI."""
     path = REPOSITORY.parent / "shared" / "data"
     if not path.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have the shared data, looked for {path}")
         pytest.skip(f"needs the shared data, looked for {path}")
     return path
 
