@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from srft_prep.config import DEFAULT_SEQ_LEN
+from srft_prep.config import DEFAULT_SEQ_LEN, MAX_INTEGER
 from srft_prep.options import (
     FILE,
     FOLDER,
@@ -130,7 +130,7 @@ def tokenize(
 )
 @click.option(
     "--shuffle-seed",
-    type=click.IntRange(0, 2**63 - 1),
+    type=click.IntRange(0, MAX_INTEGER),
     default=0,
     show_default=True,
     help="Seed of the order.",

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srft_prep.config import OUTCOMES
-from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.manifest import Manifest, read_manifest, sha256_of
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
 from srft_prep.schemas import LABELS_FILE, REQUESTS, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import IGNORED
@@ -119,9 +119,8 @@ def _check_bytes(path: Path, file: dict[str, Any]) -> Iterator[str]:
     if size != file.get("bytes"):
         yield f"expected {file.get('bytes')} bytes, got {size}"
         return
-    with path.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
-            yield "its bytes are not those that were written (SHA-256 differs)"
+    if sha256_of(path) != file["sha256"]:
+        yield "its bytes are not those that were written (SHA-256 differs)"
 
 
 def _check_lines(path: Path, manifest: Manifest) -> Iterator[str]:

@@ -240,6 +240,18 @@ def pack(folder: Path, output: Path) -> tuple[str | Path, ...]:
     return ("pack", folder / "wide", "--labels", folder / "label", "-o", output)
 
 
+def command_of(
+    stage: str, raw: Path, expected: Path, output: Path, *, workers: int
+) -> tuple[str | Path, ...]:
+    """Return the command that makes a stage's output from the expected outputs before it."""
+    return {
+        "ingest": ("ingest", raw, "-o", output),
+        "label": ("label", expected / "ingest", "-o", output),
+        "tokenize": tokenize(expected / "ingest", output, workers=workers),
+        "pack": pack(expected, output),
+    }[stage]
+
+
 def widen(tokens: Path, output: Path) -> None:
     """Write a token directory whose rows go on after the last step: enough for several shards."""
     source = read_manifest(tokens)
@@ -347,12 +359,7 @@ def test_ctrl_c_exits_with_130_and_a_rerun_continues(
     stage: str, raw: Path, expected: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    words = {
-        "ingest": ("ingest", raw, "-o", output),
-        "label": ("label", expected / "ingest", "-o", output),
-        "tokenize": tokenize(expected / "ingest", output, workers=2),
-        "pack": pack(expected, output),
-    }[stage]
+    words = command_of(stage, raw, expected, output, workers=2)
     with started(words) as run:
         while run.process.poll() is None and not progress_of(output):
             time.sleep(0.002)
@@ -371,12 +378,7 @@ def test_of_two_runs_into_one_directory_the_second_is_refused(
     stage: str, raw: Path, expected: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    words = {
-        "ingest": ("ingest", raw, "-o", output),
-        "label": ("label", expected / "ingest", "-o", output),
-        "tokenize": tokenize(expected / "ingest", output, workers=1),
-        "pack": pack(expected, output),
-    }[stage]
+    words = command_of(stage, raw, expected, output, workers=1)
     with started(words) as first:
         while first.process.poll() is None and not (output / ".progress").is_dir():
             time.sleep(0.002)
