@@ -2,8 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srft_prep.critic.effects import effect_of, read_files, restored_files, strongest, written_files
-from srft_prep.critic.shell import parse
+from srft_prep.critic.rules.effects import (
+    effect_of,
+    read_files,
+    restored_files,
+    strongest,
+    written_files,
+)
+from srft_prep.critic.rules.shell import parse
 
 
 def effect(text):

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final
 
-from srft_prep.critic import effects
-from srft_prep.critic.calls import Call, calls_of
-from srft_prep.critic.effects import Effect, strongest
-from srft_prep.critic.shell import Command
+from srft_prep.critic.rules import effects
+from srft_prep.critic.rules.calls import Call, calls_of
+from srft_prep.critic.rules.effects import Effect, strongest
+from srft_prep.critic.rules.shell import Command
 from srft_prep.types import Message, Step, Trajectory
 
 _HEAD_CHARS: Final = 4_000

@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from srft_prep.critic.calls import Call
-from srft_prep.critic.effects import stashes
-from srft_prep.critic.evidence import Run, StepEvidence, same_file
-from srft_prep.critic.rule import Findings, Rule
-from srft_prep.critic.rule_refused import refusal
+from srft_prep.critic.rules.calls import Call
+from srft_prep.critic.rules.effects import stashes
+from srft_prep.critic.rules.evidence import Run, StepEvidence, same_file
+from srft_prep.critic.rules.refused import refusal
+from srft_prep.critic.rules.rule import Findings, Rule
 
 _TEST_FILE: Final = re.compile(r"(?:^|/)(?:tests?/|test_[^/]*\.py$|[^/]*_test\.py$|conftest\.py$)")
 _CONFIG_FILE: Final = re.compile(r"(?:^|/)(?:pyproject\.toml|setup\.cfg|tox\.ini|pytest\.ini)$")

@@ -8,9 +8,9 @@ Outputs are compared without addresses, durations and times of day.
 import re
 from typing import Final
 
-from srft_prep.critic.evidence import Run, StepEvidence, same_file
-from srft_prep.critic.rule import Findings, Rule
-from srft_prep.critic.rule_refused import refusal
+from srft_prep.critic.rules.evidence import Run, StepEvidence, same_file
+from srft_prep.critic.rules.refused import refusal
+from srft_prep.critic.rules.rule import Findings, Rule
 
 _NEW_LINES: Final = 3
 _RETRIES: Final = 3

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
-from srft_prep.critic.shell import ASSIGNMENT, Command, word_set
+from srft_prep.critic.rules.shell import ASSIGNMENT, Command, word_set
 
 Effect = Literal["reads", "may write", "writes"]
 

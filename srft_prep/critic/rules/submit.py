@@ -9,8 +9,8 @@ import io
 import re
 from typing import Final
 
-from srft_prep.critic.evidence import Run, StepEvidence, quote
-from srft_prep.critic.rule import Findings, Rule, each_step
+from srft_prep.critic.rules.evidence import Run, StepEvidence, quote
+from srft_prep.critic.rules.rule import Findings, Rule, each_step
 
 _HUNK: Final = re.compile(r"@@ -\d{1,9}(?:,(\d{1,9}))? \+\d{1,9}(?:,(\d{1,9}))? @@")
 _EMPTY_SUBMISSIONS: Final = ("EMPTY_OUTPUT", "No changes to submit", "Empty patch")

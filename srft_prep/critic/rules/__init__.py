@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
-from srft_prep.critic.evidence import run_of
-from srft_prep.critic.rule import Rule
-from srft_prep.critic.rule_edits import EDIT_RULES
-from srft_prep.critic.rule_redundant import REDUNDANT_RULES
-from srft_prep.critic.rule_refused import REFUSED_RULES
-from srft_prep.critic.rule_submit import OUTCOME_RULES, SUBMIT_RULES
+from srft_prep.critic.pricing import Rates
+from srft_prep.critic.rules.edits import EDIT_RULES
+from srft_prep.critic.rules.evidence import run_of
+from srft_prep.critic.rules.redundant import REDUNDANT_RULES
+from srft_prep.critic.rules.refused import REFUSED_RULES
+from srft_prep.critic.rules.rule import Rule
+from srft_prep.critic.rules.submit import OUTCOME_RULES, SUBMIT_RULES
 from srft_prep.types import Label, Trajectory
 
 RULES: Final[tuple[Rule, ...]] = (*REFUSED_RULES, *SUBMIT_RULES, *EDIT_RULES, *REDUNDANT_RULES)
@@ -46,6 +47,8 @@ class RulesCritic:
     """A critic of fixed rules over observable evidence."""
 
     critic_id = "rules@1"
+    rates = Rates()
+    max_input_tokens = None
 
     def __init__(self, *, use_outcome: bool = False) -> None:
         """Choose the rules.
@@ -70,11 +73,17 @@ class RulesCritic:
                 found.setdefault((index, rule.rule_id), finding)
         return tuple(sorted(found.values(), key=lambda finding: finding.step_index))
 
+    def plan(self, trajectory: Trajectory, *, scale: float = 1.0) -> tuple[CriticRequest, ...]:
+        """Return one request for all steps."""
+        return (CriticRequest.of(trajectory),) if trajectory.num_steps else ()
+
     def label(self, requests: Iterable[CriticRequest]) -> Iterator[CriticReply]:
         """Yield one reply for each request, in order."""
         for request in requests:
             started = time.perf_counter()
-            count = request.trajectory.num_steps
+            trajectory = request.trajectory
+            assert trajectory is not None
+            count = trajectory.num_steps
             missing = [step for step in request.steps if not 0 <= step < count]
             if missing:
                 yield CriticReply(
@@ -82,15 +91,15 @@ class RulesCritic:
                     failure=f"no steps {missing[:10]}: the trajectory has {count}",
                 )
                 continue
-            labels = self._labels(request)
+            labels = self._labels(trajectory, request.steps)
             yield CriticReply(request=request, labels=labels, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
         """Do nothing: rules hold nothing."""
 
-    def _labels(self, request: CriticRequest) -> tuple[StepLabel, ...]:
+    def _labels(self, trajectory: Trajectory, steps: Sequence[int]) -> tuple[StepLabel, ...]:
         first: dict[int, Finding] = {}
-        for finding in self.findings(request.trajectory):
+        for finding in self.findings(trajectory):
             first.setdefault(finding.step_index, finding)
         return tuple(
             StepLabel(
@@ -98,7 +107,7 @@ class RulesCritic:
                 label=first[index].label if index in first else "good",
                 rationale=first[index].rationale if index in first else None,
             )
-            for index in request.steps
+            for index in steps
         )
 
 

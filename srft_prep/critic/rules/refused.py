@@ -9,9 +9,9 @@ match tells the agent something.
 import re
 from typing import Final
 
-from srft_prep.critic.calls import prose_of
-from srft_prep.critic.evidence import Run, StepEvidence, line_with, quote
-from srft_prep.critic.rule import Findings, Rule, each_step
+from srft_prep.critic.rules.calls import prose_of
+from srft_prep.critic.rules.evidence import Run, StepEvidence, line_with, quote
+from srft_prep.critic.rules.rule import Findings, Rule, each_step
 
 _HEAD_CHARS: Final = 400
 

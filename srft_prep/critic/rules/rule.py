@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from srft_prep.critic.evidence import Run, StepEvidence
+from srft_prep.critic.rules.evidence import Run, StepEvidence
 from srft_prep.types import Label
 
 Findings = Iterator[tuple[int, str]]

@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from srft_prep.critic.effects import Effect, effect_of, effect_of_code, strongest
-from srft_prep.critic.shell import Command, parse, word_set
+from srft_prep.critic.rules.effects import Effect, effect_of, effect_of_code, strongest
+from srft_prep.critic.rules.shell import Command, parse, word_set
 from srft_prep.types import Message
 
 CallKind = Literal["shell", "python", "view", "search", "edit", "create", "undo", "submit", "other"]
