@@ -55,7 +55,7 @@ class TokenizerSpec:
     """`tokenizer.json` of the backend in use."""
     template: str
     """The chat template's text."""
-    variables: dict[str, str]
+    variables: dict[str, Any]
     """The tokenizer's special tokens by name, as templates see them."""
     control_tokens: tuple[str, ...]
     """Texts of the special tokens, which content can never become."""
@@ -83,7 +83,7 @@ class TokenizerSpec:
         return LoadedTokenizer(self)
 
 
-def load_backend(source: str) -> "tuple[Tokenizer, str]":
+def load_backend(source: str, *, option: str = "--tokenizer") -> "tuple[Tokenizer, str]":
     """Load a tokenizer without its template; return its backend and its `tokenizer_hash`.
 
     Raises:
@@ -91,17 +91,24 @@ def load_backend(source: str) -> "tuple[Tokenizer, str]":
     """
     from tokenizers import Tokenizer as Backend
 
-    text = _from_pretrained(source).backend_tokenizer.to_str()
+    text = _from_pretrained(source, option).backend_tokenizer.to_str()
     return Backend.from_str(text), _sha256(text)
 
 
-def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
+def load_spec(
+    source: str,
+    chat_template: Path | None = None,
+    *,
+    option: str = "--tokenizer",
+) -> TokenizerSpec:
     """Load a tokenizer from a folder or the hub, and its chat template or the one given.
+
+    `option` is what the user named it by, for errors.
 
     Raises:
         ConfigError: there is no such tokenizer, it has no fast backend, or there is no template.
     """
-    tokenizer = _from_pretrained(source)
+    tokenizer = _from_pretrained(source, option)
     template = tokenizer.chat_template
     if chat_template is not None:
         try:
@@ -110,11 +117,11 @@ def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
             raise ConfigError(f"--chat-template {chat_template}: {error}") from None
     if isinstance(template, dict):
         raise ConfigError(
-            f"--tokenizer {source}: has several chat templates ({', '.join(sorted(template))}); "
+            f"{option} {source}: has several chat templates ({', '.join(sorted(template))}); "
             "give the one that inference uses as --chat-template FILE"
         )
     if not template:
-        raise ConfigError(f"--tokenizer {source}: has no chat template; give --chat-template FILE")
+        raise ConfigError(f"{option} {source}: has no chat template; give --chat-template FILE")
     added = tokenizer.added_tokens_decoder.values()
     return TokenizerSpec(
         source=source,
@@ -125,21 +132,21 @@ def load_spec(source: str, chat_template: Path | None = None) -> TokenizerSpec:
     )
 
 
-def _from_pretrained(source: str) -> Any:
+def _from_pretrained(source: str, option: str) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
     path = tokenizer_path(source)
     if path.startswith(("/", ".")) and not Path(path).is_dir():
         found = "a file; give its folder" if Path(path).exists() else "there is no such folder"
-        raise ConfigError(f"--tokenizer {source}: {found}")
+        raise ConfigError(f"{option} {source}: {found}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # noqa: BLE001 - all that tokenizers raises is a bare Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"--tokenizer {source}: cannot be loaded: {reason}") from None
+        raise ConfigError(f"{option} {source}: cannot be loaded: {reason}") from None
     if not getattr(tokenizer, "backend_tokenizer", None):
-        raise ConfigError(f"--tokenizer {source}: has no tokenizer.json; a fast one is needed")
+        raise ConfigError(f"{option} {source}: has no tokenizer.json; a fast one is needed")
     return tokenizer
 
 

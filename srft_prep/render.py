@@ -17,7 +17,7 @@ as plain text, piece by piece, as transformers' `sanitize_control_tokens` does.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,13 +53,13 @@ class ChatTemplate:
     """A chat template, ready to render conversations with marks."""
 
     def __init__(
-        self, source: str, *, variables: dict[str, str], control_tokens: Sequence[str]
+        self, source: str, *, variables: Mapping[str, Any], control_tokens: Sequence[str]
     ) -> None:
         """Compile a template.
 
         Args:
             source: the Jinja text.
-            variables: the tokenizer's `special_tokens_map`, which templates may use.
+            variables: what templates may use: the tokenizer's `special_tokens_map`, and more.
             control_tokens: the tokenizer's special tokens, as text.
 
         Raises:

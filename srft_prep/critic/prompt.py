@@ -2,20 +2,24 @@
 
     ---
     name: step_critic
-    version: 1
+    version: 2
     labels: {good: ..., unnecessary: ..., harmful: ...}     a meaning for each label
     output_schema: {type: object, ...}                      JSON schema of the reply
     ---
     ## System
     ...
     ## User
-    ... {task} ... {steps} ... {first_step} ... {last_step}
+    ... {task} ... {context} ... {steps} ... {first_step} ... {last_step} ... {answer}
 
-The hash of the file's bytes goes into every label's key, so an edited prompt asks again.
+The schema's `labels` stands for an object with one property a step; what a request asks for is
+filled in when it is asked. Other properties of the schema are asked for as they are, and ignored.
+`{answer}` becomes the form of the answer, in words. The hash of the file's bytes goes into every
+label's key, so an edited prompt asks again.
 """
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,10 +29,12 @@ import yaml
 from srft_prep.errors import ConfigError
 from srft_prep.types import LABELS, Label
 
-PLACEHOLDERS: Final = ("task", "steps", "first_step", "last_step")
-"""What the user part must name in braces."""
+PLACEHOLDERS: Final = ("task", "steps", "first_step", "last_step", "answer")
+"""What the user part must name in braces; `{context}` it may name, before the steps."""
+RATIONALE_CHARS: Final = 300
+"""Longest rationale of a step."""
 
-_PLACEHOLDER: Final = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
+_PLACEHOLDER: Final = re.compile(r"\{(context|" + "|".join(PLACEHOLDERS) + r")\}")
 _HEADING: Final = re.compile(r"^## (System|User)[ \t]*$", re.MULTILINE)
 
 
@@ -48,18 +54,66 @@ class Prompt:
     prompt_hash: str
     """Hash of the file's bytes, in hex (64 bits)."""
 
-    def fill(self, *, task: str, steps: str, first_step: int, last_step: int) -> str:
-        """Return the user part with its placeholders filled, in one pass.
+    def fill(
+        self,
+        *,
+        task: str,
+        context: str,
+        steps: str,
+        first_step: int,
+        last_step: int,
+        answer: str,
+    ) -> tuple[str, str]:
+        """Return the user part, filled, in two: up to the steps, and from them on.
 
-        Braces in the values stay as they are: a task that contains `{steps}` is no placeholder.
+        Filled in one pass: a task that contains `{steps}` is no placeholder.
         """
         values = {
             "task": task,
+            "context": context,
             "steps": steps,
             "first_step": str(first_step),
             "last_step": str(last_step),
+            "answer": answer,
         }
-        return _PLACEHOLDER.sub(lambda match: values[match[1]], self.user)
+        before, mark, after = self.user.partition("{steps}")
+
+        def filled(text: str) -> str:
+            return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+
+        return filled(before), filled(mark + after)
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether there is a place for context beside the trajectory."""
+        return "{context}" in self.user
+
+    def schema_for(self, steps: Sequence[int], *, rationale: bool) -> dict[str, Any]:
+        """Return the JSON schema of the answer about some steps: exactly these, in this order."""
+        entry: dict[str, Any] = {"type": "string", "enum": list(self.labels)}
+        if rationale:
+            entry = _closed_object(
+                {"rationale": {"type": "string", "maxLength": RATIONALE_CHARS}, "label": entry}
+            )
+        labels = _closed_object({str(step): {"$ref": "#/$defs/step"} for step in steps})
+        properties = {**self.output_schema["properties"], "labels": labels}
+        return {**self.output_schema, "properties": properties, "$defs": {"step": entry}}
+
+
+def answer_form(steps: Sequence[int], *, rationale: bool) -> str:
+    """Return the form of the answer about some steps, in words."""
+    entry = '{"rationale": "<one sentence>", "label": "<label>"}' if rationale else '"<label>"'
+    shown = [f'"{step}": {entry}' for step in dict.fromkeys((steps[0], steps[-1]))]
+    return f'{{"labels": {{{", ..., ".join(shown)}}}}}, with {" or ".join(LABELS)} for <label>'
+
+
+def _closed_object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def load_prompt(path: Path) -> Prompt:
@@ -124,6 +178,8 @@ def _parts(body: str, path: Path) -> tuple[str, str]:
     user = body[found[1].end() :].strip()
     named = set(_PLACEHOLDER.findall(user))
     missing = [f"{{{name}}}" for name in PLACEHOLDERS if name not in named]
+    if "{context}" in user.partition("{steps}")[2]:
+        raise ConfigError(f"{path}: user part: expected {{context}} before {{steps}}, got it after")
     if missing:
         raise ConfigError(
             f"{path}: user part: expected the placeholders {', '.join(missing)}, got none of them "
@@ -170,5 +226,10 @@ def _schema(front: dict[Any, Any], path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: output_schema: expected the property `labels`, got "
             f"{', '.join(map(str, properties)) or 'no property'}"
+        )
+    if not isinstance(properties["labels"], dict) or properties["labels"].get("type") != "object":
+        raise ConfigError(
+            f"{path}: output_schema: labels: expected `type: object` (one property a step, filled "
+            f"in when asked), got {properties['labels']!r:.80}"
         )
     return schema

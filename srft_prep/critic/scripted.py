@@ -16,8 +16,9 @@ from typing import Any, Final
 import orjson
 
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
+from srft_prep.critic.pricing import Rates
 from srft_prep.errors import ConfigError, LabelError
-from srft_prep.types import LABELS, Label
+from srft_prep.types import LABELS, Label, Trajectory
 
 _FIELDS: Final = ("trajectory_id", "step_index", "label")
 _PROBABILITIES: Final = ("p_good", "p_unnecessary", "p_harmful")
@@ -29,6 +30,8 @@ class ScriptedCritic:
 
     prompt_hash = "none"
     """The file's hash is in `critic_id`; nothing else shapes the labels."""
+    rates = Rates()
+    max_input_tokens = None
 
     def __init__(self, *, model: str | Path) -> None:
         """Read the labels.
@@ -63,10 +66,14 @@ class ScriptedCritic:
             lines[name, step] = line
             self._labels.setdefault(name, {})[step] = _step_label(record, step, where=where)
 
+    def plan(self, trajectory: Trajectory, *, scale: float = 1.0) -> tuple[CriticRequest, ...]:
+        """Return one request for all steps."""
+        return (CriticRequest.of(trajectory),) if trajectory.num_steps else ()
+
     def label(self, requests: Iterable[CriticRequest]) -> Iterator[CriticReply]:
         """Yield one reply for each request, in order."""
         for request in requests:
-            found = self._labels.get(request.trajectory.trajectory_id, {})
+            found = self._labels.get(request.trajectory_id, {})
             if failure := self._problem_of(request, found):
                 yield CriticReply(request=request, failure=failure)
             else:
@@ -75,6 +82,7 @@ class ScriptedCritic:
 
     def _problem_of(self, request: CriticRequest, found: Mapping[int, StepLabel]) -> str | None:
         """Return why a trajectory's labels do not answer a request, or None."""
+        assert request.trajectory is not None
         num_steps = request.trajectory.num_steps
         if not found:
             if not self._labels:

@@ -33,7 +33,7 @@ def write(folder, text, name="labels.jsonl"):
 
 
 def ask(critic, *steps):
-    (reply,) = critic.label([CriticRequest(trajectory=TRAJECTORY, part="all", steps=steps)])
+    (reply,) = critic.label([CriticRequest.of(TRAJECTORY, part="all", steps=steps)])
     return reply
 
 
@@ -65,13 +65,13 @@ def test_steps_without_a_line_make_the_request_a_failure(tmp_path):
     assert ask(critic, 2).failure == "no label for step 2"
     assert ask(critic, *range(2, 20)).failure.endswith("9, 10, 11 and 8 more")
     other = Trajectory(trajectory_id="x", instance_id="i", format="messages", messages=())
-    (reply,) = critic.label([CriticRequest(trajectory=other, part="all", steps=(0,))])
+    (reply,) = critic.label([CriticRequest.of(other, part="all", steps=(0,))])
     assert reply.failure.startswith("labels.jsonl has no line of this trajectory")
 
 
 def test_a_file_about_other_trajectories_says_which_names_it_has(tmp_path):
     other = Trajectory(trajectory_id="x", instance_id="i", format="messages", messages=())
-    request = CriticRequest(trajectory=other, part="all", steps=(0,))
+    request = CriticRequest.of(other, part="all", steps=(0,))
     (reply,) = ScriptedCritic(model=write(tmp_path, JSONL)).label([request])
     assert reply.failure == (
         "labels.jsonl has no line of this trajectory; those it has lines of (1) are named like "
@@ -90,7 +90,7 @@ def test_a_label_for_a_step_that_the_trajectory_lacks_is_a_failure(tmp_path, num
         for step in (*range(num_steps), 999)
     ]
     run = replace(TRAJECTORY, messages=TRAJECTORY.messages[:num_steps])
-    request = CriticRequest(trajectory=run, part="all", steps=tuple(range(num_steps)))
+    request = CriticRequest.of(run, part="all", steps=tuple(range(num_steps)))
     (reply,) = ScriptedCritic(model=write(tmp_path, "".join(lines))).label([request])
     assert reply.labels == ()
     assert reply.failure == f"a label for step 999, but the trajectory has {has}"
