@@ -1,0 +1,1 @@
+"""Critics behind an API: the driver that both providers' wire formats share."""
