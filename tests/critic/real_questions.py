@@ -1,0 +1,27 @@
+"""Questions about the real runs in the shared data."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from srft_prep.critic.prompt import load_prompt
+from srft_prep.critic.question import QuestionSettings
+from srft_prep.readers import reader_of
+from srft_prep.records import discover, records
+from srft_prep.types import Trajectory
+
+PROMPT = Path(__file__).resolve().parents[2] / "prompts" / "step_critic.md"
+
+
+def settings_of(*, max_input_tokens: int | None = 2000, **fields: object) -> QuestionSettings:
+    """Return settings with the package's prompt; short prompts, so that a CPU answers many."""
+    prompt = load_prompt(PROMPT)
+    return QuestionSettings(prompt=prompt, max_input_tokens=max_input_tokens, **fields)
+
+
+def real_trajectories(shared_data: Path, *, source: str = "gruckion") -> Iterator[Trajectory]:
+    """Yield the trajectories of the sources whose name begins so."""
+    for folder in sorted((shared_data / "trajectories").glob(f"{source}*")):
+        for path in discover([str(folder)]):
+            for record in records(path):
+                if record.error is None and path.name.endswith(".traj.json"):
+                    yield reader_of(record.value).read(record.value, origin=record.origin)
