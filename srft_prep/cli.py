@@ -15,7 +15,8 @@ import orjson
 
 from srft_prep import __version__
 from srft_prep.errors import SrftError
-from srft_prep.label_commands import ingest, label
+from srft_prep.ingest_commands import ingest
+from srft_prep.label_commands import label
 from srft_prep.options import FOLDER, json_option
 from srft_prep.token_commands import pack, tokenize
 

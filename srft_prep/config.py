@@ -13,6 +13,7 @@ Overlong = Literal["truncate", "windows", "drop", "error"]
 History = Literal["auto", "full", "per-step"]
 MissingLabel = Literal["drop", "mask", "error"]
 Only = Literal["unresolved", "resolved", "all"]
+Context = Literal["none", "outcome", "patch"]
 
 OUTCOMES: Final = {True: "resolved", False: "unresolved", None: "unknown"}
 """The words for a trajectory's outcome, in code, on the command line and in counts."""
@@ -58,6 +59,12 @@ class LabelConfig:
     """Hash of the question asked."""
     only: Only = "unresolved"
     """Which trajectories are labelled; `unresolved` means: not known to be resolved."""
+    votes: int = 1
+    """Answers to every question."""
+    context: Context = "none"
+    """What the critic is told beside the trajectory."""
+    max_input_tokens: int | None = None
+    """Longest prompt; None for a critic that has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

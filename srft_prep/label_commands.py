@@ -1,159 +1,49 @@
-"""The commands from raw runs to labels: ingest and label.
+"""The command from trajectories to labels: label.
 
 Nothing heavy is imported before a command runs, so that `--help` and usage errors answer at once.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+import orjson
 
-from srft_prep.config import MAX_INTEGER
-from srft_prep.errors import ConfigError
+from srft_prep.critic_options import (
+    API_CRITICS,
+    LOCAL_CRITICS,
+    MODEL_CRITICS,
+    chosen_critic,
+    critic_options,
+    settled_values,
+)
 from srft_prep.options import (
-    FILE,
     FOLDER,
-    MAX_COUNT,
     command_line,
     finish,
     json_option,
     output_option,
-    overwrite_option,
 )
-from srft_prep.readers import READERS
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-@click.command()
-@click.argument("sources", nargs=-1, required=True)
-@output_option
-@click.option(
-    "--format",
-    "format_name",
-    type=click.Choice(["auto", *sorted(READERS)]),
-    default="auto",
-    show_default=True,
-    help="How the runs are written; auto recognises every record by its content.",
-)
-@click.option(
-    "--outcomes",
-    multiple=True,
-    metavar="PATH",
-    help="SWE-bench report.json or run summary, a folder of them, or CSV/JSONL with "
-    "instance_id,resolved. Repeatable.",
-)
-@click.option(
-    "--exclude",
-    type=FILE,
-    help="Instance ids or repositories to keep out, one a line, or CSV/JSONL with instance_id.",
-)
-@click.option(
-    "--max-per-instance",
-    type=click.IntRange(1, MAX_COUNT),
-    help="Take at most K runs of an instance.",
-)
-@click.option("--keep-duplicates", is_flag=True, help="Keep runs with exactly the same messages.")
-@click.option("--system-prompt", type=FILE, help="Text that replaces every run's system prompt.")
-@click.option(
-    "--sample",
-    metavar="OUTCOME=N,...",
-    help="Draw N runs an outcome: resolved=5000,unresolved=5000. Outcomes that are not named "
-    "(unknown, here) are left out.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, MAX_INTEGER),
-    default=0,
-    show_default=True,
-    help="Seed of the sample.",
-)
-@click.option("--limit", type=click.IntRange(1, MAX_COUNT), help="Take at most N runs.")
-@overwrite_option
-@json_option
-def ingest(
-    sources: tuple[str, ...],
-    output: Path,
-    format_name: str,
-    outcomes: tuple[str, ...],
-    exclude: Path | None,
-    max_per_instance: int | None,
-    keep_duplicates: bool,
-    system_prompt: Path | None,
-    sample: str | None,
-    seed: int,
-    limit: int | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Read raw runs into trajectories.
-
-    SOURCES are files, folders or globs: JSON, JSONL and Parquet, also .gz and .zst. Records that
-    are no trajectory go to rejected.jsonl with file, line and reason.
-    """
-    from srft_prep.config import IngestConfig, parse_sample
-    from srft_prep.exclusion import read_exclusions
-
-    prompt = _read_text(system_prompt) if system_prompt else None
-    if prompt is not None and not prompt.strip():
-        raise ConfigError(f"{system_prompt}: expected a system prompt, the file is empty")
-    config = IngestConfig(
-        format=format_name,
-        sample=parse_sample(sample) if sample is not None else None,
-        seed=seed,
-        limit=limit,
-        max_per_instance=max_per_instance,
-        keep_duplicates=keep_duplicates,
-        system_prompt=prompt,
-        exclude=read_exclusions(exclude) if exclude else (),
-    )
-    from srft_prep.hints import ingest_hints
-    from srft_prep.ingest import ingest as run
-    from srft_prep.progress import shown
-
-    with shown("ingest", total=None, unit="trajectories") as progress:
-        manifest = run(
-            sources,
-            output,
-            config,
-            outcomes=outcomes,
-            overwrite=overwrite,
-            command=command_line(),
-            progress=progress,
-        )
-    counts = manifest.counts
-    for hint in ingest_hints(config, counts, outcomes_given=bool(outcomes)):
-        click.echo(hint, err=True)
-    if counts["rejected"]:
-        click.echo(f"rejected records, with reasons: {output / 'rejected.jsonl'}", err=True)
-    finish(manifest, as_json, failed=counts["rejected"] > 0)
+    from srft_prep.config import LabelConfig
+    from srft_prep.critic import Critic
+    from srft_prep.manifest import Manifest
 
 
 @click.command()
 @click.argument("trajectories", type=FOLDER)
 @output_option
-@click.option(
-    "--critic",
-    "critic_name",
-    type=click.Choice(["rules", "scripted"]),
-    default="rules",
-    show_default=True,
-    help="Who judges the steps: rules needs no model; scripted takes labels from a file.",
-)
-@click.option("--model", metavar="PATH", help="scripted: JSONL or CSV of labels.")
+@critic_options
 @click.option(
     "--only",
     type=click.Choice(["unresolved", "resolved", "all"]),
     default="unresolved",
     show_default=True,
     help="Which trajectories; an unknown outcome counts as unresolved.",
-)
-@click.option(
-    "--context",
-    type=click.Choice(["none", "outcome"]),
-    default="none",
-    show_default=True,
-    help="What the rules are told beside the trajectory; with outcome, the last submission of an "
-    "unresolved run is harmful. The paper's critic is told nothing.",
 )
 @click.option("--retry-failed", is_flag=True, help="Ask again what failed in an earlier run.")
 @click.option(
@@ -162,37 +52,55 @@ def ingest(
     help="Write the tables anew for another critic or question; the ledger keeps all answers.",
 )
 @json_option
+@click.pass_context
 def label(
+    context: click.Context,
+    /,
     trajectories: Path,
     output: Path,
-    critic_name: str,
-    model: str | None,
     only: Any,
-    context: str,
     retry_failed: bool,
     overwrite: bool,
     as_json: bool,
+    **values: Any,
 ) -> None:
     """Let a critic label every step of the TRAJECTORIES good, unnecessary or harmful."""
-    if critic_name == "rules" and model is not None:
-        raise click.UsageError("--model: the rules critic has no model")
-    if critic_name == "scripted" and model is None:
-        raise click.UsageError("--critic scripted: give the file of labels with --model PATH")
-    if critic_name == "scripted" and context != "none":
-        raise click.UsageError("--context: labels from a file take no account of it")
+    values |= settled_values(context)
+    chosen = chosen_critic(values, output=output)
     from srft_prep.config import LabelConfig
     from srft_prep.critic import open_critic
+    from srft_prep.critic.budget import Budget
     from srft_prep.labeling import count_trajectories
     from srft_prep.labeling import label as run
     from srft_prep.progress import shown
 
-    options = {"use_outcome": context == "outcome"} if model is None else {"model": model}
-    critic = open_critic(critic_name, **options)
-    config = LabelConfig(
-        critic=critic_name, critic_id=critic.critic_id, prompt_hash=critic.prompt_hash, only=only
-    )
-    total = count_trajectories(trajectories, config)
+    budget = Budget(values["budget_usd"])
+    if chosen.name in API_CRITICS:
+        chosen.options["budget"] = budget
+    critic = open_critic(chosen.name, **chosen.options)
     try:
+        config = LabelConfig(
+            critic=chosen.name,
+            critic_id=critic.critic_id,
+            prompt_hash=critic.prompt_hash,
+            only=only,
+            votes=values["votes"],
+            context=values["context"] if chosen.name in MODEL_CRITICS else "none",
+            max_input_tokens=critic.max_input_tokens,
+        )
+        if values["dry_run"]:
+            _tell_estimate(
+                trajectories,
+                output,
+                critic,
+                config,
+                values=values,
+                retry_failed=retry_failed,
+                as_json=as_json,
+            )
+            return
+        total = count_trajectories(trajectories, config)
+        machine = _machine(chosen.name, values["model"], values["gpus"])
         with shown("label", total=total, unit="trajectories") as progress:
             manifest = run(
                 trajectories,
@@ -201,21 +109,103 @@ def label(
                 config,
                 retry_failed=retry_failed,
                 overwrite=overwrite,
+                budget=budget,
+                flops=machine.flops,
                 command=command_line(),
                 progress=progress,
             )
     finally:
         critic.close()
+    _tell_run(manifest, output, machine, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Machine:
+    """What a run's speed is measured by."""
+
+    flops: "Callable[[int, int, int], float] | None" = None
+    """Operations of a request by its prompt, cached and completion tokens."""
+    peak_flops: float | None = None
+    """Operations a second of all GPUs in use."""
+    unknown: str = ""
+    """Why there is no yardstick although there are GPUs."""
+
+
+def _machine(critic_name: str, model: str, num_gpus: int | None) -> _Machine:
+    """Return the yardstick of a model that runs here; an empty one where it is not known."""
+    if critic_name not in LOCAL_CRITICS:
+        return _Machine()
+    from srft_prep.critic.flops import NoShape, read_shape
+    from srft_prep.critic.hardware import gpus
+
+    used = gpus()[:num_gpus]
+    if not used:
+        return _Machine()
+    shape = read_shape(model)
+    if isinstance(shape, NoShape):
+        return _Machine(unknown=shape.reason)
+    known = [gpu.peak_flops for gpu in used if gpu.peak_flops is not None]
+    if len(known) < len(used):
+        return _Machine(unknown=f"the peak of {used[0].name} is not in the table")
+
+    def flops(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> float:
+        return shape.flops(
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+        )
+
+    return _Machine(flops=flops, peak_flops=sum(known))
+
+
+def _tell_estimate(
+    trajectories: Path,
+    output: Path,
+    critic: "Critic",
+    config: "LabelConfig",
+    *,
+    values: dict[str, Any],
+    retry_failed: bool,
+    as_json: bool,
+) -> None:
+    """Print what a run would ask and what that would take."""
+    from srft_prep.label_report import estimate, estimate_lines
+    from srft_prep.labeling import missing_requests
+
+    requests = missing_requests(trajectories, output, critic, config, retry_failed=retry_failed)
+    is_api = config.critic in API_CRITICS
+    machine = _machine(config.critic, values["model"], values["gpus"])
+    found = estimate(
+        requests,
+        critic.rates,
+        hosted=is_api and not values["base_url"],
+        flops=machine.flops,
+        peak_flops=machine.peak_flops,
+    )
+    for line in estimate_lines(found, exact=not is_api or values["tokenizer"] is not None):
+        click.echo(line)
+    if as_json:
+        click.echo(orjson.dumps({"stage": "label", "dry_run": True, **asdict(found)}))
+
+
+def _tell_run(manifest: "Manifest", output: Path, machine: _Machine, *, as_json: bool) -> NoReturn:
+    """Print what a run did and what it took; exit."""
+    from srft_prep.label_report import usage_lines
+
+    usage = manifest.run["usage"]
+    for line in usage_lines(usage, peak_flops=machine.peak_flops):
+        click.echo(line, err=True)
+    if machine.unknown:
+        click.echo(f"MFU: not known: {machine.unknown}", err=True)
     for failure in manifest.data["first_failures"]:
         click.echo(f"failed: {failure}", err=True)
     if manifest.counts["failures"]:
         click.echo(f"all in {output / 'requests.parquet'}", err=True)
-    data = {**manifest.data, "counts": {**manifest.counts, **manifest.run}}
-    finish(replace(manifest, data=data), as_json, failed=manifest.counts["failures"] > 0)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as text: {error}") from None
+    counts = {name: count for name, count in manifest.run.items() if name != "usage"}
+    data = {**manifest.data, "counts": {**manifest.counts, **counts}}
+    finish(
+        replace(manifest, data=data),
+        as_json,
+        failed=manifest.counts["failures"] > 0,
+        more={"usage": usage},
+    )

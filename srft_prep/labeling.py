@@ -1,38 +1,39 @@
 """Trajectories -> labels: put every step to a critic, once, and keep every answer.
 
-Requests stream to the critic and replies into the ledger. The tables `labels.parquet` and
-`requests.parquet` are rebuilt from the ledger at the end, with all that it holds of this critic and
-these trajectories, whichever of them this run asked about; memory holds one batch of rows and the
-ledger's index. A run with nothing to ask reads no message.
+Requests stream to the critic and replies into the ledger, each committed before the next is looked
+at. The tables are rebuilt from the ledger at the end (`label_tables`), with all that it holds of
+this critic and these trajectories, whichever of them this run asked about; memory holds one batch
+of rows and the ledger's index. A run with nothing to ask reads no message.
+
+Where a model finds a request over-long, its trajectory is asked about again in smaller ones, in
+further rounds. A budget ends a run before a request that could exceed it; a rerun goes on.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from srft_prep.config import LabelConfig, Only
+from srft_prep.config import LabelConfig
 from srft_prep.critic import Critic, CriticReply, CriticRequest
+from srft_prep.critic.budget import Budget, most_usd
+from srft_prep.critic.parts import Part
 from srft_prep.errors import ConfigError
-from srft_prep.ledger import USAGE, Key, Ledger, key_of, labels_of, ledger_files
+from srft_prep.label_tables import SCALES, Row, is_labelled, rows_of, write_tables
+from srft_prep.ledger import USAGE, Ledger, key_of, ledger_files
 from srft_prep.manifest import MANIFEST, Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
-from srft_prep.schemas import LABELS, LABELS_FILE, REQUESTS, REQUESTS_FILE
-from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path
+from srft_prep.schemas import LABELS_FILE, REQUESTS_FILE
+from srft_prep.storage import StageWriter
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import LABELS as LABEL_NAMES
 from srft_prep.types import Trajectory
 
-ROW_GROUP_ROWS: Final = 1 << 15
-SHOWN_FAILURES: Final = 3
-"""How many failures the manifest spells out; all of them are in the table of requests."""
-WHOLE: Final = "all"
-"""The part of a request that asks for all steps of a trajectory at once."""
+_RUN_TOTALS: Final = ("requests", "trajectories", "steps", "flops", "wall_seconds")
 
 
 def label(
@@ -43,6 +44,8 @@ def label(
     *,
     retry_failed: bool = False,
     overwrite: bool = False,
+    budget: Budget | None = None,
+    flops: Callable[[int, int, int], float] | None = None,
     command: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -50,8 +53,12 @@ def label(
 
     A directory accumulates: another run with more trajectories adds to its ledger and its tables.
     So does one of another critic or question with `overwrite`: the tables are then its own, and
-    the ledger keeps both. The manifest describes what the directory holds; its `run` counts what
-    this run `asked` and `reused`, and `damaged_ledger_lines`.
+    the ledger keeps both. The manifest describes what the directory holds; its `run` tells of this
+    run: the requests `asked`, the trajectories `reused`, `damaged_ledger_lines`, and in `usage`
+    what was asked took.
+
+    With `flops`, which tells the operations of a request by its prompt, cached and completion
+    tokens, `usage` has their sum, too.
 
     Raises:
         ShardError: `trajectories` is no finished `ingest` output.
@@ -60,7 +67,6 @@ def label(
         BackendError: the critic cannot work at all.
     """
     source = read_manifest(trajectories, stage="ingest").checked()
-    progress = progress or Silent()
     if not overwrite:
         _refuse_other_critic(output, config)
     with (
@@ -73,29 +79,49 @@ def label(
         ) as writer,
         Ledger(output) as ledger,
     ):
-        for row in _rows(source.parts, config):
-            ledger.drop_unless_complete(row.key, num_steps=row.num_steps)
-        run: Counter[str] = Counter()
-        requests = _missing(source, config, ledger, run, progress, retry_failed=retry_failed)
-        for reply in critic.label(requests):
-            checked = _checked(reply)
-            key = key_of(
-                checked.request, critic_id=config.critic_id, prompt_hash=config.prompt_hash
-            )
-            ledger.append(key, checked)
-            run["asked"] += 1
-            progress.advance()
+        budget = budget or Budget(None)
+        budget.spent_usd += ledger.spent_usd(config.critic_id, config.prompt_hash)
+        run = _Run(
+            source, critic, config, ledger, budget, progress or Silent(), retry_failed=retry_failed
+        )
+        run.flops = flops
+        run.ask()
         (output / MANIFEST).unlink(missing_ok=True)
-        counts, failures = _write_tables(source, output, config, ledger)
+        unasked = "the critic gave no reply"
+        if run.stopped:
+            unasked = f"the budget of ${budget.limit_usd:,.2f} would be exceeded; raise it"
+        counts, failures = write_tables(source, output, config, ledger, unasked=unasked)
         if ledger.num_damaged:
-            run["damaged_ledger_lines"] = ledger.num_damaged
+            run.counts["damaged_ledger_lines"] = ledger.num_damaged
         return writer.finish(
             counts=dict(counts),
             names=[LABELS_FILE, REQUESTS_FILE, *(path.name for path in ledger_files(output))],
             command=command or [],
             extra={"first_failures": failures},
-            run=dict(run),
+            run={**run.counts, "usage": run.usage},
         )
+
+
+def missing_requests(
+    trajectories: Path,
+    output: Path,
+    critic: Critic,
+    config: LabelConfig,
+    *,
+    retry_failed: bool = False,
+) -> Iterator[CriticRequest]:
+    """Yield what `label` would ask, without asking or writing anything.
+
+    Raises:
+        ShardError: `trajectories` is no finished `ingest` output.
+    """
+    source = read_manifest(trajectories, stage="ingest").checked()
+    with Ledger(output) as ledger:
+        run = _Run(
+            source, critic, config, ledger, Budget(None), Silent(), retry_failed=retry_failed
+        )
+        run.drop_damaged()
+        yield from run.requests(None)
 
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
@@ -108,15 +134,162 @@ def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
     """
     source = read_manifest(trajectories, stage="ingest")
     try:
-        return sum(row.selected for row in _rows(source.parts, config))
+        return sum(row.selected for row in rows_of(source.parts, config))
     except (OSError, pl.exceptions.PolarsError):
         source.checked()
         raise
 
 
-def wanted(resolved: bool | None, only: Only) -> bool:
-    """Return whether a trajectory of an outcome is labelled; unknown counts as unresolved."""
-    return only == "all" or (resolved is True) == (only == "resolved")
+class _Run:
+    """One run's way through the trajectories."""
+
+    def __init__(
+        self,
+        source: Manifest,
+        critic: Critic,
+        config: LabelConfig,
+        ledger: Ledger,
+        budget: Budget,
+        progress: Progress,
+        *,
+        retry_failed: bool,
+    ) -> None:
+        self.source, self.critic, self.config, self.ledger = source, critic, config, ledger
+        self.budget, self.progress, self.retry_failed = budget, progress, retry_failed
+        self.counts: Counter[str] = Counter()
+        self.usage: dict[str, float] = dict.fromkeys((*USAGE, *_RUN_TOTALS), 0)
+        """What was asked took: sums over the replies, and `_RUN_TOTALS`."""
+        self.flops: Callable[[int, int, int], float] | None = None
+        """Operations of a request by its prompt, cached and completion tokens."""
+        self.stopped = False
+        """Whether the budget ended the run."""
+        self._reserved: dict[tuple[str, str], float] = {}
+        """Money set aside, by the content and the part of a request that is out."""
+        self._open: Counter[str] = Counter()
+        """Requests without a reply, by their trajectory's content."""
+        self._asked: set[tuple[str, str]] = set()
+        """Requests of this run, by content and part."""
+        self._met: set[str] = set()
+        """Trajectories that this run asked about, or need not ask about."""
+
+    def ask(self) -> None:
+        """Put every request to the critic that has no answer, until none is left to ask."""
+        self.drop_damaged()
+        started = time.monotonic()
+        only: set[str] | None = None
+        while True:  # each round but the last asks something that was not asked before
+            num_asked, self.stopped = len(self._asked), False
+            over_long: set[str] = set()
+            for reply in self.critic.label(self.requests(only)):
+                if self._commit(reply):
+                    over_long.add(reply.request.content_hash)
+            if len(self._asked) == num_asked or not (over_long or self.stopped):
+                break
+            only = None if self.stopped else over_long
+        self.usage["wall_seconds"] = time.monotonic() - started
+
+    def drop_damaged(self) -> None:
+        """Take answers that lack a step for damaged."""
+        for row in rows_of(self.source.parts, self.config):
+            for part in self.ledger.parts(row.subject):
+                if parsed := Part.parse(part):
+                    steps = parsed.steps(row.num_steps)
+                    self.ledger.drop_unless_complete((*row.subject, part), steps=steps)
+
+    def _commit(self, reply: CriticReply) -> bool:
+        """Keep a reply; return whether its request was over-long."""
+        checked = _checked(reply)
+        request, config = checked.request, self.config
+        key = key_of(request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
+        self.ledger.append(key, checked)
+        reserved = self._reserved.pop((request.content_hash, request.part), 0.0)
+        self.budget.settle(reserved, checked.usd)
+        self.counts["asked"] += 1
+        for name in USAGE:
+            self.usage[name] += getattr(request if name == "clipped_tokens" else checked, name)
+        if self.flops is not None:
+            tokens = (checked.prompt_tokens, checked.cached_tokens, checked.completion_tokens)
+            self.usage["flops"] += self.flops(*tokens)
+        self.usage["requests"] += 1
+        self.usage["steps"] += len(checked.labels)
+        if checked.failure is not None and checked.failure.startswith("over-long"):
+            return True
+        self._open[request.content_hash] -= 1
+        if not self._open[request.content_hash]:
+            self.usage["trajectories"] += 1
+            spent = self.budget.spent_usd
+            self.progress.advance(note=f"${spent:,.2f}" if spent else "")
+        return False
+
+    def requests(self, only: set[str] | None) -> Iterator[CriticRequest]:
+        """Yield the requests that the ledger has no answer to, each once; of some contents only."""
+        for part in self.source.parts:
+            rows: dict[str, Row] = {}
+            for row in rows_of([part], self.config):
+                if not row.selected or (only is not None and row.subject[0] not in only):
+                    continue
+                if is_labelled(self.ledger, row, self.config):
+                    self._reuse(row)
+                else:
+                    rows[row.trajectory_id] = row
+            for trajectory in read_trajectories([part]) if rows else ():
+                asked = rows.get(trajectory.trajectory_id)
+                if asked is None:
+                    continue
+                missing = self._missing(trajectory, asked)
+                if missing:
+                    self._met.add(trajectory.trajectory_id)
+                    self._open[trajectory.content_hash] = len(missing)
+                else:
+                    self._reuse(asked)
+                for request in missing:
+                    if not self._reserve(request):
+                        self.stopped = True
+                        return
+                    self._asked.add((request.content_hash, request.part))
+                    yield request
+
+    def _missing(self, trajectory: Trajectory, row: Row) -> list[CriticRequest]:
+        """Return what is to be asked about a trajectory."""
+        planned: Sequence[CriticRequest] = ()
+        for scale in SCALES:
+            try:
+                planned = self.critic.plan(trajectory, scale=scale)
+            except ConfigError:  # not even one step fits so little
+                planned = ()
+            if not any(self._was_over_long(request, row) for request in planned):
+                break
+            planned = ()
+        return [
+            request
+            for request in planned
+            if (request.content_hash, request.part) not in self._asked
+            and not self.ledger.has((*row.subject, request.part), failed=not self.retry_failed)
+        ]
+
+    def _was_over_long(self, request: CriticRequest, row: Row) -> bool:
+        """Return whether the model found a request over-long; with `retry_failed`, in this run."""
+        if self.retry_failed and (request.content_hash, request.part) not in self._asked:
+            return False
+        failure = self.ledger.failure((*row.subject, request.part))
+        return failure is not None and failure.startswith("over-long")
+
+    def _reuse(self, row: Row) -> None:
+        """Count a trajectory that is not asked about, the first time that it is met."""
+        if row.trajectory_id not in self._met:
+            self._met.add(row.trajectory_id)
+            self.counts["reused"] += 1
+            self.progress.advance()
+
+    def _reserve(self, request: CriticRequest) -> bool:
+        """Set the most that a request can cost aside; False where the budget does not allow it."""
+        most = most_usd(request.question, self.critic.rates)
+        if not most and self.counts["asked"]:
+            most = self.usage["usd"] / self.counts["asked"]
+        if not self.budget.reserve(most):
+            return False
+        self._reserved[request.content_hash, request.part] = most
+        return True
 
 
 def _refuse_other_critic(output: Path, config: LabelConfig) -> None:
@@ -137,59 +310,6 @@ def _refuse_other_critic(output: Path, config: LabelConfig) -> None:
     )
 
 
-class _Row(NamedTuple):
-    """What the columns say of a trajectory that has steps."""
-
-    trajectory_id: str
-    key: Key
-    num_steps: int
-    selected: bool
-    """Whether this run labels it."""
-
-
-def _rows(parts: Iterable[Path], config: LabelConfig) -> Iterator[_Row]:
-    """Yield the trajectories of parts that have steps, in order, without their messages."""
-    columns = ["trajectory_id", "content_hash", "resolved", "num_steps"]
-    for part in parts:
-        for name, content_hash, resolved, steps in pl.read_parquet(part, columns=columns).rows():
-            if steps:
-                key = (content_hash, config.critic_id, config.prompt_hash, WHOLE)
-                yield _Row(name, key, steps, wanted(resolved, config.only))
-
-
-def _request(trajectory: Trajectory) -> CriticRequest:
-    return CriticRequest(
-        trajectory=trajectory, part=WHOLE, steps=tuple(range(trajectory.num_steps))
-    )
-
-
-def _missing(
-    source: Manifest,
-    config: LabelConfig,
-    ledger: Ledger,
-    run: Counter[str],
-    progress: Progress,
-    *,
-    retry_failed: bool,
-) -> Iterator[CriticRequest]:
-    """Yield the requests that the ledger has no answer to, each key once."""
-    sent: set[Key] = set()
-    for part in source.parts:
-        names = set()
-        for row in _rows([part], config):
-            if not row.selected:
-                continue
-            if row.key in sent or ledger.has(row.key, failed=not retry_failed):
-                run["reused"] += 1
-                progress.advance()
-            else:
-                sent.add(row.key)
-                names.add(row.trajectory_id)
-        for trajectory in read_trajectories([part]) if names else ():
-            if trajectory.trajectory_id in names:
-                yield _request(trajectory)
-
-
 def _checked(reply: CriticReply) -> CriticReply:
     """Return the reply, or a failure where its labels are not exactly those asked for."""
     if reply.failure is not None:
@@ -203,80 +323,3 @@ def _checked(reply: CriticReply) -> CriticReply:
     else:
         return reply
     return replace(reply, labels=(), failure=reason)
-
-
-def _write_tables(
-    source: Manifest, output: Path, config: LabelConfig, ledger: Ledger
-) -> tuple[Counter[str], list[str]]:
-    """Return the counts of the tables' rows and the first failures."""
-    failures: list[str] = []
-    counts: Counter[str] = Counter(trajectories=0, steps=0, good=0, unnecessary=0, harmful=0)
-    counts["failures"] = 0
-    with (
-        atomic_path(output / LABELS_FILE) as labels_path,
-        atomic_path(output / REQUESTS_FILE) as requests_path,
-        pq.ParquetWriter(labels_path, LABELS, **PARQUET_OPTIONS) as labels_writer,
-        pq.ParquetWriter(requests_path, REQUESTS, **PARQUET_OPTIONS) as requests_writer,
-    ):
-        label_rows: list[dict[str, Any]] = []
-        request_rows: list[dict[str, Any]] = []
-        for trajectory_id, entry in _entries(source, config, ledger):
-            rows = list(_label_rows(trajectory_id, entry))
-            label_rows += rows
-            request_rows.append(_request_row(trajectory_id, entry))
-            counts["trajectories"] += 1
-            counts["steps"] += len(rows)
-            if entry["failure"] is not None:
-                counts["failures"] += 1
-                if len(failures) < SHOWN_FAILURES:
-                    failures.append(f"{trajectory_id}: {entry['failure']}")
-            counts.update(row["label"] for row in rows)
-            if len(label_rows) >= ROW_GROUP_ROWS:
-                labels_writer.write_table(pa.Table.from_pylist(label_rows, schema=LABELS))
-                requests_writer.write_table(pa.Table.from_pylist(request_rows, schema=REQUESTS))
-                label_rows, request_rows = [], []
-        labels_writer.write_table(pa.Table.from_pylist(label_rows, schema=LABELS))
-        requests_writer.write_table(pa.Table.from_pylist(request_rows, schema=REQUESTS))
-    return counts, failures
-
-
-def _entries(
-    source: Manifest, config: LabelConfig, ledger: Ledger
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (trajectory_id, ledger entry) of the trajectories that have one, in order.
-
-    A copy of an earlier trajectory has its labels, at no cost: nothing was asked for it. One of
-    this run that the critic gave no reply to has a failure that is not in the ledger.
-    """
-    paid = set()
-    for row in _rows(source.parts, config):
-        entry = ledger.get(row.key)
-        if entry is None:
-            if row.selected:
-                unanswered = {"part": WHOLE, "labels": [], "failure": "the critic gave no reply"}
-                yield row.trajectory_id, {**unanswered, **dict.fromkeys(USAGE, 0)}
-        elif row.key in paid:
-            yield row.trajectory_id, {**entry, **dict.fromkeys(USAGE, 0)}
-        else:
-            paid.add(row.key)
-            yield row.trajectory_id, {**entry, **ledger.spent(row.key)}
-
-
-def _label_rows(trajectory_id: str, entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for step_label in sorted(labels_of(entry), key=lambda row: row.step_index):
-        yield {
-            "trajectory_id": trajectory_id,
-            "content_hash": entry["content_hash"],
-            "critic_id": entry["critic_id"],
-            "prompt_hash": entry["prompt_hash"],
-            **asdict(step_label),
-        }
-
-
-def _request_row(trajectory_id: str, entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "trajectory_id": trajectory_id,
-        "part": entry["part"],
-        "failure": entry["failure"],
-        **{name: entry[name] for name in USAGE},
-    }

@@ -11,7 +11,7 @@ replaces an earlier one. A torn last line (the process died in the middle of it)
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, NamedTuple, Self
@@ -23,6 +23,8 @@ from srft_prep.types import LABELS
 
 Key = tuple[str, str, str, str]
 """(content_hash, critic_id, prompt_hash, part)."""
+Subject = tuple[str, str, str]
+"""(content_hash, critic_id, prompt_hash): what the parts of one trajectory's requests share."""
 
 _NAME: Final = re.compile(r"ledger-(\d+)\.jsonl")
 
@@ -45,9 +47,9 @@ class _Place(NamedTuple):
     file: int
     offset: int
     length: int
-    failed: bool
-    num_steps: int | None
-    """Labels, where they are those of the steps 0, 1, ... in any order; None where not."""
+    failure: str | None
+    steps: range | None
+    """The steps labelled, in any order; None where a step between them is not."""
 
 
 class Ledger:
@@ -58,6 +60,7 @@ class Ledger:
         self.num_damaged = 0
         """Lines that could not be read or used, other than a file's torn last one."""
         self._places: dict[Key, _Place] = {}
+        self._parts: dict[Subject, list[str]] = {}
         self._earlier: dict[Key, list[_Place]] = {}
         self._files: list[BinaryIO] = []
         self._writer: BinaryIO | None = None
@@ -86,14 +89,29 @@ class Ledger:
     def has(self, key: Key, *, failed: bool) -> bool:
         """Return whether a key was answered; a failure counts as an answer only with `failed`."""
         place = self._places.get(key)
-        return place is not None and (failed or not place.failed)
+        return place is not None and (failed or place.failure is None)
 
-    def drop_unless_complete(self, key: Key, *, num_steps: int) -> None:
+    def failure(self, key: Key) -> str | None:
+        """Return why a key's newest line is a failure; None where it is none, or there is none."""
+        place = self._places.get(key)
+        return None if place is None else place.failure
+
+    def parts(self, subject: Subject) -> Sequence[str]:
+        """Return the parts that have a line for a trajectory, a critic and a question."""
+        return [part for part in self._parts.get(subject, ()) if (*subject, part) in self._places]
+
+    def drop_unless_complete(self, key: Key, *, steps: range) -> None:
         """Take a key's line for damaged, but paid, if its labels are not one for each step."""
         place = self._places.get(key)
-        if place is not None and not place.failed and place.num_steps != num_steps:
+        if place is not None and place.failure is None and place.steps != steps:
             self._earlier.setdefault(key, []).append(self._places.pop(key))
             self.num_damaged += 1
+
+    def spent_usd(self, critic_id: str, prompt_hash: str) -> float:
+        """Return what a critic has cost with a question, in all runs."""
+        keys = {*self._places, *self._earlier}
+        of_critic = (key for key in keys if key[1:3] == (critic_id, prompt_hash))
+        return sum(self.spent(key)["usd"] for key in of_critic)
 
     def get(self, key: Key) -> dict[str, Any] | None:
         """Return a key's newest line, or None."""
@@ -122,10 +140,17 @@ class Ledger:
     def _add(self, key: Key, offset: int, length: int, entry: dict[str, Any]) -> None:
         if key in self._places:
             self._earlier.setdefault(key, []).append(self._places[key])
-        steps = sorted(row["step_index"] for row in entry["labels"])
-        num_steps = len(steps) if steps == list(range(len(steps))) else None
-        failed = entry["failure"] is not None
-        self._places[key] = _Place(len(self._files) - 1, offset, length, failed, num_steps)
+        elif key[3] not in (known := self._parts.setdefault(key[:3], [])):
+            known.append(key[3])
+        labelled = sorted(row["step_index"] for row in entry["labels"])
+        steps = range(labelled[0], labelled[0] + len(labelled)) if labelled else range(0)
+        self._places[key] = _Place(
+            len(self._files) - 1,
+            offset,
+            length,
+            entry["failure"],
+            steps if labelled == list(steps) else None,
+        )
 
     def _read(self, place: "_Place") -> dict[str, Any]:
         line = os.pread(self._files[place.file].fileno(), place.length, place.offset)
@@ -159,7 +184,7 @@ def ledger_files(folder: Path) -> list[Path]:
 
 def key_of(request: CriticRequest, *, critic_id: str, prompt_hash: str) -> Key:
     """Return the key of a request put to a critic."""
-    return request.trajectory.content_hash, critic_id, prompt_hash, request.part
+    return request.content_hash, critic_id, prompt_hash, request.part
 
 
 def labels_of(entry: dict[str, Any]) -> Iterator[StepLabel]:
@@ -175,7 +200,7 @@ def _entry(key: Key, reply: CriticReply) -> dict[str, Any]:
         "critic_id": critic_id,
         "prompt_hash": prompt_hash,
         "part": part,
-        "trajectory_id": reply.request.trajectory.trajectory_id,
+        "trajectory_id": reply.request.trajectory_id,
         "labels": [
             {
                 name: value
@@ -184,7 +209,8 @@ def _entry(key: Key, reply: CriticReply) -> dict[str, Any]:
             }
             for label in reply.labels
         ],
-        **{name: getattr(reply, name) for name in USAGE},
+        **{name: getattr(reply, name) for name in USAGE if name != "clipped_tokens"},
+        "clipped_tokens": reply.request.clipped_tokens,
         "failure": reply.failure,
     }
 

@@ -28,8 +28,14 @@ json_option = click.option(
 )
 
 
-def finish(manifest: "Manifest", as_json: bool, *, failed: bool) -> NoReturn:
-    """Print a stage's counts, last, and exit with 0 or 1."""
+def finish(
+    manifest: "Manifest",
+    as_json: bool,
+    *,
+    failed: bool,
+    more: dict[str, Any] | None = None,
+) -> NoReturn:
+    """Print a stage's counts, last, and exit with 0 or 1; `more` goes into the JSON document."""
     flat = ", ".join(
         f"{value:,} {name}" if isinstance(value, int) else f"{name} {_short(value)}"
         for name, value in manifest.counts.items()
@@ -38,6 +44,7 @@ def finish(manifest: "Manifest", as_json: bool, *, failed: bool) -> NoReturn:
     click.echo(f"{manifest.stage}: {flat}")
     if as_json:
         document = {"stage": manifest.stage, "path": str(manifest.path), **manifest.counts}
+        document |= more or {}
         click.echo(orjson.dumps(document))
     raise click.exceptions.Exit(1 if failed else 0)
 

@@ -32,6 +32,8 @@ from srft_prep.schemas import LABELS_FILE, REJECTED_FILE, REQUESTS_FILE, SCHEMA_
 PLAN: Final = "plan.json"
 LEDGERS: Final = "ledger-*.jsonl"
 """What critics answered: paid for, so that no stage and no `overwrite` ever removes it."""
+BATCHES: Final = "batches-*.jsonl*"
+"""The jobs that providers were given, paid for too."""
 
 
 class StageWriter:
@@ -145,7 +147,7 @@ class StageWriter:
     def _reopen(self) -> None:
         if self._refuse_other_stage() is None:
             tables = (LABELS_FILE, REQUESTS_FILE)
-            self._refuse_foreign_files(allowed=(PROGRESS, ".*.tmp", LEDGERS, *tables))
+            self._refuse_foreign_files(allowed=(PROGRESS, ".*.tmp", LEDGERS, BATCHES, *tables))
         self.progress.mkdir(exist_ok=True)
         write_bytes(self.progress / PLAN, orjson.dumps(self.plan))
         self._sweep()
@@ -187,7 +189,8 @@ class StageWriter:
         elif isinstance(plan := _read_json(self.progress / PLAN), dict) and "stage" in plan:
             found = plan
         stage = found["stage"] if found else None
-        if stage is None and self.stage != "label" and any(self.path.glob(LEDGERS)):
+        paid = (*self.path.glob(LEDGERS), *self.path.glob(BATCHES))
+        if stage is None and self.stage != "label" and paid:
             stage = "label"
         if stage not in (None, self.stage):
             raise ConfigError(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from srft_prep.config import OUTCOMES
 from srft_prep.manifest import Manifest, read_manifest, sha256_of
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
-from srft_prep.schemas import LABELS_FILE, REQUESTS, SHARDS, TOKENS, TRAJECTORIES
+from srft_prep.schemas import LABELS_FILE, REQUESTS, REQUESTS_FILE, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import IGNORED
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import KINDS, LABELS
@@ -68,6 +68,14 @@ class _Seen:
     """Trajectories."""
     last_step: tuple[str, int] = ("", -1)
     """Trajectory and step of the label before this one."""
+    gaps: dict[str, str] = field(default_factory=dict)
+    """By trajectory the first step that comes where another was due."""
+    answered: set[str] = field(default_factory=set)
+    """Trajectories of which a request did not fail."""
+    labelled: set[str] = field(default_factory=set)
+    """Those of which one did not fail whose labels count, whatever the votes and the context."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Trajectories of which a request failed, with the first reason."""
     weights: list[float] = field(default_factory=list)
     """Weight of each run, times its length."""
 
@@ -105,6 +113,7 @@ def verify(directory: Path) -> Report:
     for pattern in ("part-*.parquet", "shard-*.parquet"):
         strangers = sorted(path for path in directory.glob(pattern) if path.name not in named)
         problems += [f"{path}: the manifest does not name this file" for path in strangers]
+    problems += _check_steps(directory, seen)
     problems += [f"{directory}: {problem}" for problem in _check_totals(manifest, seen)]
     return Report(
         stage=manifest.stage,
@@ -218,8 +227,10 @@ def _check_label(row: dict[str, Any], seen: _Seen, *, config: dict[str, Any]) ->
     due = last_step + 1 if trajectory_id == last_id else 0
     if not seen.is_new((trajectory_id, step)):
         yield f"{name}: has two labels"
-    elif step != due or (step == 0 and trajectory_id in seen.ids):
+    elif step < due or (trajectory_id != last_id and trajectory_id in seen.ids):
         yield f"{name}: out of order, expected step {due}"
+    elif step > due:
+        seen.gaps.setdefault(trajectory_id, f"{name}: out of order, expected step {due}")
     seen.ids.add(trajectory_id)
     seen.last_step = (trajectory_id, step)
     if row["label"] not in LABELS:
@@ -235,15 +246,37 @@ def _check_label(row: dict[str, Any], seen: _Seen, *, config: dict[str, Any]) ->
 
 def _check_request(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
     name, failure = row["trajectory_id"], row["failure"]
-    seen.totals.update(trajectories=1, failures=failure is not None)
+    is_first = name not in seen.answered and name not in seen.failed
+    seen.totals.update(trajectories=is_first, failures=failure is not None)
+    if failure is None:
+        seen.answered.add(name)
+        if "+" not in row["part"]:
+            seen.labelled.add(name)
+    else:
+        seen.failed.setdefault(name, failure)
     if not seen.is_new((name, row["part"])):
         yield f"{name}: part {row['part']} occurs twice"
-    if (failure is None) != (name in seen.ids):
-        what = "has no labels" if failure is None else f"has labels, but failed: {failure}"
-        yield f"{name}: {what}"
     costs = [value for value in row.values() if isinstance(value, int | float)]
     if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
         yield f"{name}: expected counts, seconds and usd >= 0"
+
+
+def _check_steps(directory: Path, seen: _Seen) -> Iterator[str]:
+    """Check labels against requests: steps lack a label only where one of theirs failed."""
+    failed = seen.failed
+    gaps = [problem for name, problem in seen.gaps.items() if name not in failed]
+    others = [
+        *(f"{name}: has no labels" for name in seen.labelled - seen.ids - failed.keys()),
+        *(
+            f"{name}: has labels, but failed: {failure}"
+            for name, failure in failed.items()
+            if name in seen.ids and name not in seen.answered
+        ),
+    ]
+    for file, problems in ((LABELS_FILE, gaps), (REQUESTS_FILE, sorted(others))):
+        yield from (f"{directory / file}: {problem}" for problem in problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            yield f"{directory / file}: more problems"
 
 
 def _check_tokens(row: dict[str, Any], seen: _Seen) -> Iterator[str]:

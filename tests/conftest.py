@@ -1,6 +1,8 @@
 """Fixtures of all tests: the shared data beside the checkout, and small stage directories."""
 
 import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 settings.register_profile("shared machine", deadline=None)  # a slow moment is no failure
 settings.load_profile("shared machine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say why a test that is selected cannot run here; in CI the vllm tests must (make test)."""
+    for item in items:
+        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
+            reason = "vllm is not in this environment; make test runs these in .venv-vllm"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("gpu") and shutil.which("nvidia-smi") is None:
+            item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,7 @@ from srft_prep.chat import load_spec
 from srft_prep.cli import main
 from srft_prep.config import IngestConfig, LabelConfig, Only
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
+from srft_prep.critic.pricing import Rates
 from srft_prep.examples.record import RUNS_DIR
 from srft_prep.ingest import ingest
 from srft_prep.labeling import label
@@ -181,9 +182,15 @@ class ListedCritic:
     asked: list[str] = field(default_factory=list)
     """Trajectories that it was asked about, in order."""
 
+    rates: Rates = field(default_factory=Rates)
+    max_input_tokens: int | None = None
+
+    def plan(self, trajectory: Trajectory, *, scale: float = 1.0) -> list[CriticRequest]:
+        return [CriticRequest.of(trajectory)]
+
     def label(self, requests: Iterable[CriticRequest]) -> Iterator[CriticReply]:
         for request in requests:
-            name = request.trajectory.trajectory_id
+            name = request.trajectory_id
             self.asked.append(name)
             usage = {"prompt_tokens": 100, "completion_tokens": 10, "usd": 0.25}
             if name in self.failing:

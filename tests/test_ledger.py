@@ -17,7 +17,7 @@ RUNS = [trajectory(f"run-{number}", num_steps=2) for number in range(4)]
 
 def request(number: int = 0) -> CriticRequest:
     run = RUNS[number]
-    return CriticRequest(trajectory=run, part="all", steps=tuple(range(run.num_steps)))
+    return CriticRequest.of(run, part="all", steps=tuple(range(run.num_steps)))
 
 
 def key(number: int = 0, *, critic_id: str = "critic@1") -> Key:
@@ -65,7 +65,8 @@ def test_what_was_appended_is_found_at_once_and_after_reopening(tmp_path: Path) 
         assert found is not None
         assert tuple(labels_of(found)) == reply().labels
         assert {name: found[name] for name in USAGE} == {
-            name: getattr(reply(), name) for name in USAGE
+            name: getattr(reply().request if name == "clipped_tokens" else reply(), name)
+            for name in USAGE
         }
         assert found["trajectory_id"] == "run-0"
         assert not ledger.has(key(1), failed=True)
@@ -190,13 +191,13 @@ def test_a_line_that_does_not_label_each_step_once_is_dropped_but_stays_on_the_b
     labels = [{"step_index": step, "label": "good"} for step in steps]
     write_lines(tmp_path, changed(sound, labels=labels))
     with Ledger(tmp_path) as ledger:
-        ledger.drop_unless_complete(key(), num_steps=2)
+        ledger.drop_unless_complete(key(), steps=range(2))
         assert ledger.get(key()) is None
         assert not ledger.has(key(), failed=True)
         assert ledger.num_damaged == 1
         assert ledger.spent(key())["usd"] == 0.5
         ledger.append(key(), reply())
-        ledger.drop_unless_complete(key(), num_steps=2)
+        ledger.drop_unless_complete(key(), steps=range(2))
         assert ledger.has(key(), failed=False)
         assert ledger.spent(key())["usd"] == 1.0
         assert ledger.num_damaged == 1
@@ -208,7 +209,7 @@ def test_a_sound_line_and_a_failure_are_not_dropped(tmp_path: Path) -> None:
         ledger.append(key(0), replace(sound, labels=sound.labels[::-1]))
         ledger.append(key(1), reply(1, failure="no list"))
         for number in range(3):
-            ledger.drop_unless_complete(key(number), num_steps=2)
+            ledger.drop_unless_complete(key(number), steps=range(2))
         assert [ledger.has(key(number), failed=True) for number in range(3)] == [True, True, False]
         assert ledger.num_damaged == 0
 
