@@ -7,9 +7,15 @@ own, on the same token ids with the same sampling parameters and engine argument
 for the label tokens' scores, as the critic does; `bare, no scores` (--no-scores) does not. Each
 engine is started before anything is timed and warmed up with one round. Rounds alternate, with
 nothing else running, and every round has new prompts (a random first token), so that none finds
-another's prefix cache. Without --model a Qwen2 with random weights is made (hidden 512, 4 layers):
-large enough that the engine takes most of the time, as it does in reality. The last line is one
-JSON document.
+another's prefix cache.
+
+With --stage all of `label` is timed instead, on all trajectories of the directory: reading,
+planning, tokenising, asking, parsing, the ledger and the tables, against the bare engine that is
+given the ready token ids. Prompts cannot be new in every round then: the prefix cache is off on
+both sides.
+
+Without --model a Qwen2 with random weights is made (hidden 512, 4 layers): large enough that the
+engine takes most of the time, as it does in reality. The last line is one JSON document.
 """
 
 import json
@@ -31,10 +37,12 @@ from typing import Any
 import click
 import orjson
 
+from srft_prep.config import LabelConfig
 from srft_prep.critic import CriticRequest
 from srft_prep.critic.prompt import load_prompt
 from srft_prep.critic.question import QuestionSettings
 from srft_prep.critic.vllm import VllmCritic
+from srft_prep.labeling import label
 from srft_prep.trajectories import read_trajectories
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -123,6 +131,26 @@ def _critic_round(critic: Any) -> Round:
     return answer
 
 
+def _stage_round(critic: VllmCritic, trajectories: Path) -> Round:
+    config = LabelConfig(
+        critic="vllm",
+        critic_id=critic.critic_id,
+        prompt_hash=critic.prompt_hash,
+        only="all",
+        max_input_tokens=critic.max_input_tokens,
+    )
+
+    def answer(requests: Sequence[CriticRequest]) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = label(trajectories, Path(folder) / "labels", critic, config)
+        usage = manifest.run["usage"]
+        if manifest.counts["failures"] or usage["requests"] != len(requests):
+            raise SystemExit(f"{manifest.counts['failures']} failures, {usage['requests']} asked")
+        return int(usage["completion_tokens"])
+
+    return answer
+
+
 def _fresh(requests: Sequence[CriticRequest], draw: random.Random) -> list[CriticRequest]:
     """Return the requests with new first tokens: one for each trajectory."""
     firsts: dict[str, int] = {}
@@ -153,6 +181,7 @@ def _tiny(folder: str) -> str:
 @click.option("--gpus", type=int, help="GPUs of the critic; the bare engine has one.")
 @click.option("--max-input-tokens", default=4000, show_default=True, help="Longest prompt.")
 @click.option("--transformers", "slow", default=0, help="Requests for the transformers critic.")
+@click.option("--stage", is_flag=True, help="Time all of label, on all trajectories.")
 @click.option("--no-scores", is_flag=True, help="Also time the bare engine without scores.")
 @click.option("--engine-arg", "engine_args", multiple=True, help="NAME=VALUE for vLLM.")
 def main(
@@ -163,6 +192,7 @@ def main(
     gpus: int | None,
     max_input_tokens: int,
     slow: int,
+    stage: bool,
     no_scores: bool,
     engine_args: tuple[str, ...],
 ) -> None:
@@ -177,23 +207,30 @@ def main(
             model=model,
             settings=settings,
             gpus=gpus,
-            engine_args=dict(arg.split("=", 1) for arg in engine_args),
+            engine_args={
+                **({"enable_prefix_caching": "false"} if stage else {}),
+                **dict(arg.split("=", 1) for arg in engine_args),
+            },
         )
         planned = (
             request
             for trajectory in read_trajectories(sorted(trajectories.glob("part-*.parquet")))
             for request in critic.plan(trajectory)
         )
-        requests = list(islice(planned, count))
+        requests = list(planned if stage else islice(planned, count))
         engines = {"bare": Bare(critic, scores=True)}
         if no_scores:
             engines["bare, no scores"] = Bare(critic, scores=False)
-        runs: dict[str, Round] = {**engines, "vllm critic": _critic_round(critic)}
+        runs: dict[str, Round] = {**engines}
+        if stage:
+            runs["label --critic vllm"] = _stage_round(critic, trajectories)
+        else:
+            runs["vllm critic"] = _critic_round(critic)
         draw = random.Random(0)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         output_tokens = dict.fromkeys(runs, 0)
         for number in range(rounds + 1):
-            asked = _fresh(requests, draw)
+            asked = requests if stage else _fresh(requests, draw)
             names = list(runs) if number % 2 else list(reversed(runs))
             for name in names:
                 started = time.perf_counter()

@@ -118,8 +118,14 @@ class ChatEncoder:
     def prompt(self, system: str, user: str) -> tuple[int, tuple[int, ...]]:
         """Return a prompt's ids and their number."""
         conversation = self._render(system, user)
-        ((ids, _),) = self._tokenizer.encode([conversation])
-        prompt_ids = (*ids.tolist(), *self._opening)
+        if conversation.rendering.forged:
+            ((forged_ids, _),) = self._tokenizer.encode([conversation])
+            ids = forged_ids.tolist()
+        else:  # without offsets: half as fast again
+            text = conversation.rendering.text
+            backend = self._tokenizer.backend
+            ids = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        prompt_ids = (*ids, *self._opening)
         return len(prompt_ids), prompt_ids
 
     def _render(self, system: str, user: str) -> Conversation:

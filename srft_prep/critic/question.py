@@ -44,6 +44,8 @@ OBSERVATION_LIMITS: Final = (8192, 4096, 2048, 1024, 512, 256)
 """Tokens left of an observation, tried in this order."""
 WINDOW_OBSERVATION_TOKENS: Final = 1024
 """Tokens left of an observation where a trajectory is asked about in windows."""
+SPARSE_CHARS_PER_TOKEN: Final = 5
+"""Texts with more characters for a token are rare: what has so many hardly fits."""
 LEAST_TASK_TOKENS: Final = 256
 LEAST_STEP_TOKENS: Final = 512
 """What must fit beside the prompt's own words."""
@@ -158,9 +160,10 @@ class Planner:
         context, left_out = self._context(trajectory)
         everything = Shown(task_of(trajectory), context, views, left_out)
         steps = tuple(range(len(views)))
-        question = self._question(everything, steps)
-        if not self._fits(question, steps):
-            planned = list(self._limited(everything))
+        sized = self._sized_if_too_long(everything, steps)
+        question = None if sized else self._question(everything, steps)
+        if question is None or not self._fits(question, steps):
+            planned = list(self._limited(sized or Sized(everything, self._cutter)))
         elif left_out:
             planned = [(self._part(steps), steps, question, left_out)]
         else:
@@ -186,9 +189,24 @@ class Planner:
             context_tokens=self.context_tokens,
         )
 
-    def _limited(self, everything: Shown) -> Iterator[tuple[Part, tuple[int, ...], Question, int]]:
-        """Yield the requests about a trajectory that does not fit."""
+    def _sized_if_too_long(self, everything: Shown, steps: Sequence[int]) -> Sized | None:
+        """Return the sizes of a trajectory that cannot fit; None where it must be tried.
+
+        Spares what does not fit by far a pass of the tokenizer over the whole of it.
+        """
+        texts = (piece.text for view in everything.steps for piece in view.pieces)
+        num_chars = len(everything.task) + len(everything.context) + sum(map(len, texts))
+        room = self._room(steps)
+        if num_chars < SPARSE_CHARS_PER_TOKEN * room:
+            return None
         sized = Sized(everything, self._cutter)
+        given = self._own_tokens + sized.context_tokens + sized.task_tokens(num_chars)
+        given += sum(map(self._overhead, everything.steps))
+        return sized if given + sized.total(num_chars) > 1.05 * room else None
+
+    def _limited(self, sized: Sized) -> Iterator[tuple[Part, tuple[int, ...], Question, int]]:
+        """Yield the requests about a trajectory that does not fit."""
+        everything = sized.shown
         task_limit = self._spare // 4
         steps = tuple(range(len(everything.steps)))
         given = self._own_tokens + sized.context_tokens + sized.task_tokens(task_limit)

@@ -71,7 +71,7 @@ class TransformersCritic:
         )
         self.critic_id = self._checkpoint.critic_id
         self.prompt_hash = self._planner.prompt_hash
-        self.max_input_tokens = self._planner.max_input_tokens
+        self.max_input_tokens: int | None = self._planner.max_input_tokens
         self.rates = Rates(usd_per_hour=usd_per_hour)
         self._settings = settings
         self._context_tokens = context_tokens
