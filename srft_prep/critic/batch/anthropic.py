@@ -12,6 +12,7 @@ import orjson
 
 from srft_prep.critic import Question, failure_of
 from srft_prep.critic.answers import Completion
+from srft_prep.critic.api.connection import load_sdk
 from srft_prep.critic.batch.provider import (
     QUICK_SECONDS,
     ItemResult,
@@ -22,7 +23,7 @@ from srft_prep.critic.batch.provider import (
     json_lines,
     trouble_of,
 )
-from srft_prep.errors import BackendError, ConfigError
+from srft_prep.errors import BackendError
 
 _PATH = "/v1/messages/batches"
 _HEAD, _TAIL = b'{"requests":[', b"]}"
@@ -50,13 +51,9 @@ class AnthropicBatches:
             ConfigError: the `anthropic` package is missing.
             BackendError: there is no key.
         """
-        try:
-            import anthropic
-            import httpx2
-        except ImportError:
-            raise ConfigError(
-                "--critic anthropic needs the anthropic package: pip install 'srft-prep[api]'"
-            ) from None
+        anthropic = load_sdk("anthropic")
+        import httpx2
+
         self._body = body
         self._quick = min(timeout_seconds, QUICK_SECONDS)
         self._anthropic = anthropic
@@ -95,12 +92,13 @@ class AnthropicBatches:
         length = len(_HEAD) + num_bytes - 1 + len(_TAIL)
         headers = {"Content-Type": "application/json", "Content-Length": str(length)}
         with self._troubles():
-            return self._client.post(
+            job = self._client.post(
                 _PATH,
                 content=_array(lines, num_lines),
                 options={"headers": headers},
                 cast_to=MessageBatch,
-            ).id
+            )
+        return str(job.id)
 
     def poll(self, job_id: str) -> JobState:
         """Return where a job stands."""

@@ -12,6 +12,7 @@ import orjson
 
 from srft_prep.critic import Question
 from srft_prep.critic.answers import Completion
+from srft_prep.critic.api.connection import load_sdk
 from srft_prep.critic.batch.provider import (
     QUICK_SECONDS,
     ItemResult,
@@ -22,7 +23,7 @@ from srft_prep.critic.batch.provider import (
     json_lines,
     trouble_of,
 )
-from srft_prep.errors import BackendError, ConfigError
+from srft_prep.errors import BackendError
 
 ENDPOINT: Final = "/v1/chat/completions"
 TAG: Final = "srft_prep"
@@ -60,13 +61,9 @@ class OpenAIBatches:
             ConfigError: the `openai` package is missing.
             BackendError: there is no key.
         """
-        try:
-            import httpx2
-            import openai
-        except ImportError:
-            raise ConfigError(
-                "--critic openai needs the openai package: pip install 'srft-prep[api]'"
-            ) from None
+        openai = load_sdk("openai")
+        import httpx2
+
         self._body = body
         self._quick = min(timeout_seconds, QUICK_SECONDS)
         self._openai = openai
@@ -105,12 +102,13 @@ class OpenAIBatches:
                 raise ProviderTrouble("again", str(trouble)) from None
             raise
         with self._troubles():
-            return self._client.batches.create(
+            job = self._client.batches.create(
                 input_file_id=file.id,
                 endpoint=ENDPOINT,
                 completion_window="24h",
                 metadata={TAG: name},
-            ).id
+            )
+        return str(job.id)
 
     def poll(self, job_id: str) -> JobState:
         """Return where a job stands."""
