@@ -157,3 +157,20 @@ def test_vllms_own_server_answers_both_api_critics(
             labels[critic] = table["label"].to_list()
     same = sum(map(str.__eq__, labels["openai"], labels["anthropic"]))
     assert same > 0.9 * len(labels["openai"]), "the same question to the same model"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_step_is_labelled_and_the_use_of_the_peak_is_told(
+    runs: Path, model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "labels"
+    words = ("label", runs, "-o", output, "--critic", "vllm", "--model", model, "--only", "all")
+    with started(*words, "--gpu-usd-per-hour", "3", "--json") as (process, mark):
+        stdout, stderr = process.communicate(timeout=900)
+        assert process.returncode == 0, stderr
+        wait_until_gone(mark)
+    usage = orjson.loads(stdout.splitlines()[-1])["usage"]
+    assert usage["flops"] > 0
+    assert usage["usd"] > 0
+    assert "of the bf16 peak, attention included" in stderr
+    assert verify(output).problems == ()
