@@ -23,6 +23,7 @@ TOKENIZER ?=
 RECIPE ?= srft
 SEQ_LEN ?= 32768
 ARGS ?=
+INGEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -83,14 +84,15 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 # pytest's status 5 says that a selection of tests (ARGS=tests/test_cli.py) has none of a kind.
 NO_TESTS_IS_FINE = $(if $(ARGS),|| test $$? -eq 5)
 
-# DATA may be raw runs or the output of ingest; ARGS goes to the command (ARGS=--overwrite, say).
+# DATA may be raw runs or the output of ingest; ARGS goes to the command (ARGS=--dry-run, say), of
+# label INGEST_ARGS to the ingest before it.
 # Exit status 1 (some records were rejected, and are listed) does not stop the chain; 2 does.
 TRAJECTORIES = $(if $(wildcard $(DATA)/manifest.json),$(DATA),$(OUT)/trajectories)
 
 .PHONY: label
 label: $(VENV)/.base  ## Label every step: DATA=... OUT=... [OUTCOMES=... CRITIC=... MODEL=... ONLY=...]
 	@test "$(TRAJECTORIES)" = "$(DATA)" || $(BIN)/srft-prep ingest $(DATA) \
-		$(addprefix --outcomes ,$(OUTCOMES)) -o $(TRAJECTORIES) $(ARGS) || test $$? -eq 1
+		$(addprefix --outcomes ,$(OUTCOMES)) -o $(TRAJECTORIES) $(INGEST_ARGS) || test $$? -eq 1
 	@$(BIN)/srft-prep label $(TRAJECTORIES) --critic $(CRITIC) $(if $(MODEL),--model $(MODEL)) \
 		--only $(ONLY) -o $(OUT)/labels $(ARGS) || test $$? -eq 1
 

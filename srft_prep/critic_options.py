@@ -88,7 +88,8 @@ _OPTIONS: Final = (
         type=click.IntRange(1, _MAX_VOTES),
         default=1,
         show_default=True,
-        help="Ask every question N times at temperature 1; label probabilities are the mean.",
+        help="Ask every question N times at temperature 1; label probabilities are the mean, and "
+        "of equally likely labels the more severe one counts.",
     ),
     click.option(
         "--reasoning",
@@ -170,7 +171,8 @@ _OPTIONS: Final = (
         type=click.FloatRange(min=0),
         callback=_finite,
         help="Stop before a request that could bring what this directory cost with this critic "
-        "and question above it.",
+        "and question above it. Trajectories are taken in their order. GPU time is reckoned from "
+        "the requests so far.",
     ),
     click.option(
         "--dry-run", is_flag=True, help="Print tokens, time and cost of what is to be asked; stop."
@@ -268,6 +270,11 @@ def chosen_critic(values: Mapping[str, Any], *, output: Path) -> ChosenCritic:
         return ChosenCritic(name=name, options={"model": model})
     options: dict[str, Any] = {"model": model, "settings": _settings(values)}
     if name in LOCAL_CRITICS:
+        if values["budget_usd"] is not None and not values["gpu_usd_per_hour"]:
+            raise ConfigError(
+                f"--budget-usd: the {name} critic costs what its machine costs; give that with "
+                "--gpu-usd-per-hour"
+            )
         options["usd_per_hour"] = values["gpu_usd_per_hour"] * _num_gpus(name, values["gpus"])
     if name == "vllm":
         options |= {"gpus": values["gpus"], "engine_args": _engine_args(values["engine_arg"])}
@@ -331,5 +338,6 @@ def _api_options(values: Mapping[str, Any], *, output: Path) -> dict[str, Any]:
         "timeout_seconds": values["timeout"],
         "price": price,
         "batch_journal": output / f"batches-{name}.jsonl" if values["batch"] else None,
-        "dry_run": values["dry_run"],
+        # A server of one's own says how long a prompt may be; that costs nothing.
+        "dry_run": values["dry_run"] and not values["base_url"],
     }

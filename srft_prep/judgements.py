@@ -41,7 +41,7 @@ def read_judgements(source: Manifest, *, soft: bool) -> dict[str, JudgedTrajecto
     if soft and rows.height and not rows.drop_nulls(probabilities).height:
         raise ConfigError(
             f"--soft: the labels of {source.path} carry no probabilities; leave --soft out, or "
-            "label with a critic that measures them"
+            "label with a critic that measures them, or with --votes"
         )
     judged: dict[str, JudgedTrajectory] = {}
     for trajectory_id, content_hash, step, label, *measured in rows.iter_rows():

@@ -116,6 +116,8 @@ def label(
             )
     finally:
         critic.close()
+    if budget.limit_usd is not None:
+        click.echo(f"spent so far: ${budget.spent_usd:,.2f} of ${budget.limit_usd:,.2f}", err=True)
     _tell_run(manifest, output, machine, as_json=as_json)
 
 
@@ -195,17 +197,24 @@ def _tell_run(manifest: "Manifest", output: Path, machine: _Machine, *, as_json:
     usage = manifest.run["usage"]
     for line in usage_lines(usage, peak_flops=machine.peak_flops):
         click.echo(line, err=True)
+    if usage["prompt_tokens"] and usage["steps"] and not usage["scored_steps"]:
+        votes = "" if manifest.data["config"]["votes"] > 1 else "; --votes 5 would estimate them"
+        click.echo(f"probabilities: none, the model gives no log-probabilities{votes}", err=True)
     if machine.unknown:
         click.echo(f"MFU: not known: {machine.unknown}", err=True)
+    stopped = "stopped_by_budget" in manifest.run
+    if stopped:
+        click.echo("stopped by --budget-usd; a larger one goes on", err=True)
     for failure in manifest.data["first_failures"]:
         click.echo(f"failed: {failure}", err=True)
     if manifest.counts["failures"]:
-        click.echo(f"all in {output / 'requests.parquet'}", err=True)
+        where = output / "requests.parquet"
+        click.echo(f"all failures: {where}; --retry-failed asks again", err=True)
     counts = {name: count for name, count in manifest.run.items() if name != "usage"}
     data = {**manifest.data, "counts": {**manifest.counts, **counts}}
     finish(
         replace(manifest, data=data),
         as_json,
-        failed=manifest.counts["failures"] > 0,
+        failed=stopped or manifest.counts["failures"] > 0,
         more={"usage": usage},
     )

@@ -94,18 +94,20 @@ def estimate(
 def estimate_lines(found: Estimate, *, exact: bool) -> list[str]:
     """Return an estimate in words."""
     about = "" if exact else "about "
+    counted = "" if exact else "; counted by bytes, --tokenizer counts tokens"
     lines = [
         f"to ask: {found.requests:,} requests about {found.trajectories:,} trajectories, "
         f"{found.steps:,} steps ({found.windows:,} of the requests are windows; "
         f"{found.clipped_tokens:,} tokens left out)",
-        f"tokens: {about}{found.prompt_tokens:,} input, about {found.completion_tokens:,} output",
+        f"tokens: {about}{found.prompt_tokens:,} input, about {found.completion_tokens:,} output"
+        f"{counted}",
     ]
     if found.usd is None:
-        lines.append("cost: not known (prices: --prices, --gpu-usd-per-hour)")
+        lines.append("cost: not known (--prices for an API, --gpu-usd-per-hour for a GPU)")
     else:
         lines.append(f"cost: about ${found.usd:,.2f}{_per_1000(found.usd, found.trajectories)}")
     if found.seconds is not None:
-        lines.append(f"time: about {_time(found.seconds)}, as far as it can be known before")
+        lines.append(f"time: about {_time(round(found.seconds))}, as far as it can be known before")
     return lines
 
 
@@ -128,6 +130,11 @@ def usage_lines(usage: Mapping[str, float], *, peak_flops: float | None = None) 
         f"tokens/s: {(prompt - cached) / seconds:,.0f} input, {cached / seconds:,.0f} cached, "
         f"{usage['completion_tokens'] / seconds:,.0f} output"
     )
+    if usage.get("limited_requests"):
+        lines.append(
+            f"to fit: {usage['limited_requests']:,.0f} of the requests show their trajectory in "
+            f"part, {usage['clipped_tokens']:,.0f} tokens left out (summed over requests)"
+        )
     if peak_flops and usage.get("flops"):
         share = mfu(usage["flops"], seconds, peak_flops)
         lines.append(f"MFU: {share:.1%} of the bf16 peak, attention included")
@@ -145,7 +152,7 @@ def _per_1000(usd: float, trajectories: float) -> str:
 
 def _time(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.1f} s"
+        return f"{seconds} s" if isinstance(seconds, int) else f"{seconds:.1f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

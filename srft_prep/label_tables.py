@@ -235,8 +235,9 @@ def _requests(
     """Yield the rows of a trajectory's requests.
 
     A copy of an earlier trajectory has its labels at no cost: nothing was asked for it. Failures
-    that cost nothing are left out where every step has its answer nonetheless: smaller requests
-    took their place. What nobody was asked in this run is a failure that is in no ledger.
+    are left out where every step has its answer nonetheless, since other requests took their place;
+    what they cost is added to the first that was answered. What nobody was asked in this run is a
+    failure that is in no ledger.
     """
     answered = {
         vote
@@ -244,24 +245,28 @@ def _requests(
         if any(_covers(asked, row.num_steps) for asked in parts.values())
     }
     failed = False
+    rows: list[dict[str, Any]] = []
+    replaced: Counter[str] = Counter()
     for text in ledger.parts(row.subject):
         key = (*row.subject, text)
         entry = ledger.get(key)
         assert entry is not None
         usage = {**{name: entry[name] for name in USAGE}, **ledger.spent(key)}
-        part = Part.parse(text)
-        if entry["failure"] is not None and not usage["usd"] and part and part.vote in answered:
-            continue
         if (row.subject, text) in paid:
             usage = dict.fromkeys(USAGE, 0)
         paid.add((row.subject, text))
+        part = Part.parse(text)
+        settled = part and (part.vote in answered or part.vote >= config.votes)
+        if entry["failure"] is not None and answered and settled:
+            replaced.update(usage)
+            continue
         failed |= entry["failure"] is not None
-        yield {
-            "trajectory_id": row.trajectory_id,
-            "part": text,
-            "failure": entry["failure"],
-            **usage,
-        }
+        named = {"trajectory_id": row.trajectory_id, "part": text, "failure": entry["failure"]}
+        rows.append({**named, **usage})
+    for name, value in replaced.items():
+        if name != "clipped_tokens":
+            rows[0][name] += value
+    yield from rows
     lacking = config.votes - len(answered)
     if row.selected and lacking and not failed:
         missing = row.num_steps - len(labels)

@@ -11,7 +11,8 @@ further rounds. A budget ends a run before a request that could exceed it; a rer
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -24,7 +25,7 @@ from srft_prep.critic.budget import Budget, most_usd
 from srft_prep.critic.parts import Part
 from srft_prep.errors import ConfigError
 from srft_prep.label_tables import SCALES, Row, is_labelled, rows_of, write_tables
-from srft_prep.ledger import USAGE, Ledger, key_of, ledger_files
+from srft_prep.ledger import USAGE, Key, Ledger, key_of, ledger_files
 from srft_prep.manifest import MANIFEST, Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import LABELS_FILE, REQUESTS_FILE
@@ -33,7 +34,17 @@ from srft_prep.trajectories import read_trajectories
 from srft_prep.types import LABELS as LABEL_NAMES
 from srft_prep.types import Trajectory
 
-_RUN_TOTALS: Final = ("requests", "trajectories", "steps", "flops", "wall_seconds")
+GUESSED_TOKENS_PER_SECOND: Final = 1000
+"""What a machine reads, for the budget until its first reply: slow for any GPU."""
+_RUN_TOTALS: Final = (
+    "requests",
+    "limited_requests",
+    "trajectories",
+    "steps",
+    "scored_steps",
+    "flops",
+    "wall_seconds",
+)
 
 
 def label(
@@ -91,6 +102,8 @@ def label(
         if run.stopped:
             unasked = f"the budget of ${budget.limit_usd:,.2f} would be exceeded; raise it"
         counts, failures = write_tables(source, output, config, ledger, unasked=unasked)
+        if run.stopped:
+            run.counts["stopped_by_budget"] = 1
         if ledger.num_damaged:
             run.counts["damaged_ledger_lines"] = ledger.num_damaged
         return writer.finish(
@@ -179,14 +192,39 @@ class _Run:
         only: set[str] | None = None
         while True:  # each round but the last asks something that was not asked before
             num_asked, self.stopped = len(self._asked), False
-            over_long: set[str] = set()
-            for reply in self.critic.label(self.requests(only)):
-                if self._commit(reply):
-                    over_long.add(reply.request.content_hash)
+            over_long = self._round(only)
             if len(self._asked) == num_asked or not (over_long or self.stopped):
                 break
             only = None if self.stopped else over_long
         self.usage["wall_seconds"] = time.monotonic() - started
+
+    def _round(self, only: set[str] | None) -> set[str]:
+        """Ask what is missing, of some contents only; return those that were over-long.
+
+        Where the user interrupts, what had come back is committed first.
+        """
+        over_long: set[str] = set()
+        replies = self.critic.label(self.requests(only))
+        reply: CriticReply | None = None
+        try:
+            for reply in replies:
+                if self._commit(reply):
+                    over_long.add(reply.request.content_hash)
+        except KeyboardInterrupt as interrupt:
+            if reply is not None and not self.ledger.has(self._key(reply), failed=True):
+                self._commit(reply)
+            if isinstance(replies, Generator):
+                with suppress(KeyboardInterrupt, StopIteration):
+                    held = replies.throw(interrupt)
+                    while True:
+                        self.ledger.append(self._key(held), _checked(held))
+                        held = next(replies)
+            raise
+        return over_long
+
+    def _key(self, reply: CriticReply) -> Key:
+        config = self.config
+        return key_of(reply.request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
 
     def drop_damaged(self) -> None:
         """Take answers that lack a step for damaged."""
@@ -199,9 +237,8 @@ class _Run:
     def _commit(self, reply: CriticReply) -> bool:
         """Keep a reply; return whether its request was over-long."""
         checked = _checked(reply)
-        request, config = checked.request, self.config
-        key = key_of(request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
-        self.ledger.append(key, checked)
+        request = checked.request
+        self.ledger.append(self._key(checked), checked)
         reserved = self._reserved.pop((request.content_hash, request.part), 0.0)
         self.budget.settle(reserved, checked.usd)
         self.counts["asked"] += 1
@@ -212,6 +249,8 @@ class _Run:
             self.usage["flops"] += self.flops(*tokens)
         self.usage["requests"] += 1
         self.usage["steps"] += len(checked.labels)
+        self.usage["scored_steps"] += sum(each.p_good is not None for each in checked.labels)
+        self.usage["limited_requests"] += request.part.startswith("steps:")
         if checked.failure is not None and checked.failure.startswith("over-long"):
             return True
         self._open[request.content_hash] -= 1
@@ -264,8 +303,15 @@ class _Run:
             request
             for request in planned
             if (request.content_hash, request.part) not in self._asked
-            and not self.ledger.has((*row.subject, request.part), failed=not self.retry_failed)
+            and not self._is_settled((*row.subject, request.part))
         ]
+
+    def _is_settled(self, key: Key) -> bool:
+        """Return whether a request need not be asked: a server that was gone settles nothing."""
+        failure = self.ledger.failure(key)
+        if failure is not None and failure.startswith("unavailable"):
+            return False
+        return self.ledger.has(key, failed=not self.retry_failed)
 
     def _was_over_long(self, request: CriticRequest, row: Row) -> bool:
         """Return whether the model found a request over-long; with `retry_failed`, in this run."""
@@ -283,9 +329,13 @@ class _Run:
 
     def _reserve(self, request: CriticRequest) -> bool:
         """Set the most that a request can cost aside; False where the budget does not allow it."""
-        most = most_usd(request.question, self.critic.rates)
-        if not most and self.counts["asked"]:
+        rates = self.critic.rates
+        most = most_usd(request.question, rates)
+        if rates.usd_per_hour and self.counts["asked"]:
             most = self.usage["usd"] / self.counts["asked"]
+        elif rates.usd_per_hour and request.question is not None:
+            seconds = request.question.prompt_tokens / GUESSED_TOKENS_PER_SECOND
+            most = rates.usd_per_hour * seconds / 3600
         if not self.budget.reserve(most):
             return False
         self._reserved[request.content_hash, request.part] = most

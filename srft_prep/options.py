@@ -1,6 +1,7 @@
 """What the commands share: types, options, the last line, the exit status."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -56,6 +57,11 @@ def _short(value: Any) -> str:
 
 
 def command_line() -> list[str]:
-    """Return the words of the command being run, for a manifest."""
+    """Return the words of the command being run, for a manifest; without passwords and keys."""
     words = (os.fsencode(word).decode("utf-8", "backslashreplace") for word in sys.argv[1:])
-    return ["srft-prep", *words]
+    return ["srft-prep", *map(_without_secrets, words)]
+
+
+def _without_secrets(word: str) -> str:
+    word = re.sub(r"(?<=://)[^/@\s]+(?=@)", "[key]", word)
+    return re.sub(r"(?i)((?:^|[=_-])(?:token|key|password|secret))=.+", r"\1=[key]", word)

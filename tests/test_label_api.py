@@ -209,16 +209,17 @@ def test_a_budget_ends_the_run_before_it_is_exceeded_and_a_larger_one_goes_on(
 
     with ApiServer(billed, models=({"id": model},)) as server:
         more = ("--model", model, "--json")
-        first = run_label(runs, output, server, "anthropic", *more, "--budget-usd", "0.5")
+        first = run_label(runs, output, server, "anthropic", *more, "--budget-usd", "1")
         spent = orjson.loads(first.stdout.splitlines()[-1])["usage"]["usd"]
         asked = len(server.turns)
-        again = run_label(runs, output, server, "anthropic", *more, "--budget-usd", "0.5")
+        again = run_label(runs, output, server, "anthropic", *more, "--budget-usd", "1")
         assert len(server.turns) == asked, "the money is spent"
         last = run_label(runs, output, server, "anthropic", *more, "--budget-usd", "50")
     assert first.status == again.status == 1
-    assert 0.3 < spent <= 0.5
+    assert 0.4 < spent <= 1
+    assert "stopped by --budget-usd" in again.stderr
     assert "unasked: " in first.stderr
-    assert "the budget of $0.50" in first.stderr
+    assert "the budget of $1.00" in first.stderr
     assert last.status == 0, last.stderr
     assert unlabelled(runs, output) == {}
     assert set(keys_in(output).values()) == {1}

@@ -100,7 +100,7 @@ def test_an_estimate_in_words():
     assert estimate_lines(found, exact=False) == [
         "to ask: 3 requests about 2 trajectories, 8 steps (2 of the requests are windows; 77 "
         "tokens left out)",
-        "tokens: about 3,000 input, about 150 output",
+        "tokens: about 3,000 input, about 150 output; counted by bytes, --tokenizer counts tokens",
         "cost: about $0.00, $2.25 for 1,000 trajectories (the paper's critic: $132)",
     ]
     assert estimate_lines(found, exact=True)[1] == "tokens: 3,000 input, about 150 output"

@@ -395,7 +395,7 @@ def test_the_most_that_a_question_can_cost_is_never_exceeded(price, batch, promp
     assert cost <= most_usd(question, Rates(price=price, batch=batch)) * (1 + 1e-12)
 
 
-def test_an_estimated_prompt_may_have_a_token_for_every_second_byte():
+def test_an_estimated_prompt_may_have_a_token_for_every_byte():
     question = Question(
         system="é" * 100,
         shared="a" * 400,
@@ -406,7 +406,7 @@ def test_an_estimated_prompt_may_have_a_token_for_every_second_byte():
         max_output_tokens=0,
     )
     rates = Rates(price=Price(input=1e6, output=0, cached_input=0, cache_write=0))
-    assert most_usd(question, rates) == 500
+    assert most_usd(question, rates) == 1000
     assert most_usd(replace(question, prompt_ids=(1,) * 10), rates) == 10
     assert most_usd(None, rates) == most_usd(question, Rates()) == 0
 

@@ -180,7 +180,7 @@ def test_failures_that_were_paid_stay_on_the_bill(tmp_path):
     replies = [reply("all", failure=UNPARSEABLE, usd=0.5), reply("steps:0-5@6000", usd=0.25)]
     _, labels, requests = tables(tmp_path, replies)
     assert len(labels) == 6
-    assert [(row["usd"], row["failure"]) for row in requests] == [(0.5, UNPARSEABLE), (0.25, None)]
+    assert [(row["usd"], row["failure"]) for row in requests] == [(0.75, None)]
 
 
 def test_a_failed_vote_is_told_though_the_others_label_every_step(tmp_path):

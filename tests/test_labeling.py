@@ -499,7 +499,8 @@ def test_the_command_exits_with_1_where_requests_failed(runs: Path, tmp_path: Pa
     document = orjson.loads(run.stdout.splitlines()[-1])
     assert (document["failures"], document["asked"]) == (1, 3)
     assert "failed: failed: labels.jsonl has no line of this trajectory" in run.stderr
-    assert run.stderr.endswith(f"all in {tmp_path / 'labels' / 'requests.parquet'}\n")
+    table = tmp_path / "labels" / "requests.parquet"
+    assert run.stderr.endswith(f"all failures: {table}; --retry-failed asks again\n")
     assert labels_in(tmp_path / "labels") == listed("solved", "unknown")
 
 

@@ -38,19 +38,24 @@ class Budget:
             self._reserved_usd -= reserved_usd
             self.spent_usd += usd
 
+    def hold(self, usd: float) -> None:
+        """Set money aside that is owed already, whether or not it suffices."""
+        with self._lock:
+            self._reserved_usd += usd
+
 
 def most_usd(question: Question | None, rates: Rates) -> float:
     """Return the most that asking a question once can cost, in US dollars.
 
-    Where its tokens are estimated, half its bytes are taken for them: no tokenizer in use needs
-    more for runs of coding agents (at most 1 token for 2.2 bytes, docs/LOG.md).
+    Where its tokens are estimated, its bytes are taken for them: no byte-level tokenizer makes more
+    of a text, and of numbers and hex they make nearly as many.
     """
     if question is None or rates.price is None:
         return 0.0
     num_tokens = question.prompt_tokens
     if question.prompt_ids is None:
         num_bytes = len(question.system.encode()) + len(question.user.encode())
-        num_tokens = max(num_tokens, num_bytes // 2)
+        num_tokens = max(num_tokens, num_bytes)
     return max(
         rates.price.usd(
             prompt_tokens=num_tokens,

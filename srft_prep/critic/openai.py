@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
 from srft_prep.critic import CriticRequest, Question
@@ -55,6 +55,12 @@ LOSES: Final[dict[str, str]] = {
 }
 """What labels lose without an option."""
 
+_REASONING_MODEL: Final = re.compile(
+    r"(?:ft:)?(?:o\d+|gpt-(?P<major>[5-9]|\d\d+)(?:\.(?P<minor>\d+))?)(?![\w.])(?!-chat)"
+)
+"""OpenAI's own models that think: o1, o3-mini, gpt-5, gpt-5.1-mini; not gpt-4o, gpt-5-chat-latest.
+From gpt-5.1 on they can be told not to."""
+
 _OUTPUT_LIMITS: Final = ("max_completion_tokens", "max_tokens")
 
 
@@ -72,8 +78,8 @@ def openai_critic(
         options: fields of `ApiOptions`.
 
     Raises:
-        ConfigError: there is no key, no package `openai`, or no such model, or a base URL is none,
-            or the prompt does not fit.
+        ConfigError: there is no key, no package `openai`, or no such model, or it cannot but
+            think and is asked not to, or a base URL is none, or the prompt does not fit.
         BackendError: a server cannot be reached, or refuses the key.
     """
     urls = base_urls or (os.environ.get("OPENAI_BASE_URL") or BASE_URL,)
@@ -82,6 +88,12 @@ def openai_critic(
     chosen = ApiOptions(**options)
     if hosted and not key and not chosen.dry_run:
         raise ConfigError("--critic openai: expected a key, got none (export OPENAI_API_KEY)")
+
+    if hosted and settings.reasoning == "none" and _thinking_of(model) == "always":
+        raise ConfigError(
+            f"--model {model}: is a reasoning model, which thinks before each answer, got "
+            "--reasoning none, which leaves no room for that (give --reasoning low)"
+        )
 
     def batch_body(question: Question, without: Collection[str]) -> dict[str, Any]:
         return request_body(
@@ -104,6 +116,15 @@ def _batches(**options: Any) -> Any:
     from srft_prep.critic.batch.openai import OpenAIBatches
 
     return OpenAIBatches(**options)
+
+
+def _thinking_of(model: str) -> Literal["no", "optional", "always"]:
+    """Return whether a model of OpenAI's own thinks before it answers."""
+    found = _REASONING_MODEL.match(model)
+    if found is None:
+        return "no"
+    version = int(found["major"] or 0), int(found["minor"] or 0)
+    return "optional" if version > (5, 0) else "always"
 
 
 def is_hosted(url: str) -> bool:
@@ -198,7 +219,8 @@ def request_body(
     left_out = set(without)
     if hosted:
         left_out |= {"maxLength", "chat_template_kwargs"}
-    if hosted and thinks:
+    thinking = _thinking_of(model) if hosted else "no"
+    if hosted and (thinks or thinking != "no"):
         left_out |= {"temperature", "logprobs"}
     limit = "max_completion_tokens" if hosted else "max_tokens"
     if limit in left_out:
@@ -224,7 +246,7 @@ def request_body(
             "type": "json_schema",
             "json_schema": {"name": "labels", "strict": True, "schema": schema},
         }
-    if thinks and "reasoning_effort" not in left_out:
+    if (thinks or thinking == "optional") and "reasoning_effort" not in left_out:
         body["reasoning_effort"] = settings.reasoning
     if not thinks and "chat_template_kwargs" not in left_out:
         body["chat_template_kwargs"] = {"enable_thinking": False}

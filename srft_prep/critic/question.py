@@ -344,11 +344,10 @@ class Planner:
         least = self._own_tokens + LEAST_TASK_TOKENS + LEAST_STEP_TOKENS
         room = self._room((0,))
         if room < least:
-            context = "" if self.context_tokens is None else f" of {self.context_tokens}"
             raise ConfigError(
-                f"the critic's context{context} leaves {max(room, 0)} tokens for a prompt; the "
-                f"prompt {self.settings.prompt.name} with one step needs {least} (raise "
-                "--max-input-tokens or the model's context, or shorten the prompt)"
+                f"--max-input-tokens, or the model's context less the answer, leaves "
+                f"{max(room, 0)} tokens for a prompt; {self.settings.prompt.name} with one step "
+                f"needs {least} (raise the one that is too small, or shorten the prompt)"
             )
 
 

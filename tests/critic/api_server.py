@@ -120,9 +120,11 @@ def labels_text(labels: Mapping[Any, str]) -> str:
     return json.dumps({"labels": {str(step): label for step, label in labels.items()}})
 
 
-def problem(status: int, message: str = "no", *, code: str = "", **headers: str) -> Reaction:
+def problem(
+    status: int, message: str = "no", *, code: str = "", param: str | None = None, **headers: str
+) -> Reaction:
     """Return an error as both providers write it."""
-    error = {"type": code or "error", "code": code or None, "message": message}
+    error = {"type": code or "error", "code": code or None, "param": param, "message": message}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Reaction(status=status, headers=named, body=json.dumps({"error": error}).encode())
 

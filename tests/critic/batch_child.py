@@ -19,6 +19,7 @@ from srft_prep.critic.batch.driver import label_in_batches
 from srft_prep.critic.batch.journal import custom_id_of
 from srft_prep.critic.batch.openai import OpenAIBatches
 from srft_prep.critic.batch.provider import BatchProvider, BatchSettings
+from srft_prep.critic.budget import Budget
 from srft_prep.critic.openai import request_body as openai_body
 from srft_prep.critic.pricing import Price
 from srft_prep.critic.prompt import load_prompt
@@ -74,6 +75,7 @@ def run(
     requests: Iterator[CriticRequest] | list[CriticRequest],
     provider: BatchProvider,
     journal: Path,
+    budget: Budget | None = None,
     **changes: Any,
 ) -> Iterator[CriticReply]:
     return label_in_batches(
@@ -81,6 +83,7 @@ def run(
         provider=provider,
         journal=journal,
         price=PRICE,
+        budget=budget,
         settings=settings_of(**changes),
         **CRITIC,
     )

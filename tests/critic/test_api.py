@@ -297,6 +297,8 @@ def test_each_trouble_has_its_kind_of_failure(provider: str, reaction: Reaction,
     for reply in replies:
         assert reply.failure.startswith(f"{kind}: http://127.0.0.1:")
     tries = 4 if kind in ("unavailable", "timeout") else 1
+    if reaction.status == 200:
+        tries = 2  # each of them is billed
     assert len(run.server.turns) == 3 * tries
 
 
@@ -480,6 +482,126 @@ def test_a_key_that_a_model_repeats_is_in_no_label(provider: str) -> None:
 
     (reply,) = run(provider, script, 1)
     assert [each.rationale for each in reply.labels] == ["I saw [key]."] * 3
+
+
+def test_the_usual_placeholder_of_a_key_is_left_in_the_rationales(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    labels = {step: {"rationale": "it is EMPTY", "label": "good"} for step in range(3)}
+    text = json.dumps({"labels": labels})
+    (reply,) = run("openai", lambda turn: answer(turn, text), 1)
+    assert [label.rationale for label in reply.labels] == ["it is EMPTY"] * 3
+
+
+@pytest.mark.parametrize(
+    ("message", "sent"),
+    [
+        ("{name} is too large: 200. This model supports at most 100 completion tokens", 1),
+        ("Unsupported parameter: '{name}'", 2),
+        ("Extra inputs are not permitted", 2),
+    ],
+)
+def test_a_bound_that_a_server_refuses_under_both_names_is_no_endless_loop(
+    message: str, sent: int
+) -> None:
+    def script(turn: Turn) -> Reaction:
+        if turn.number > 10:
+            return answer(turn)
+        name = next(name for name in turn.body if name.startswith("max_"))
+        return problem(400, message.format(name=name), param=name)
+
+    (reply,) = run("openai", script, 1)
+    assert reply.failure.startswith("rejected: ")
+    assert len(run.server.turns) == sent
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, "refused"), (404, "rejected")])
+def test_one_forbidden_request_is_a_failure_and_the_others_are_answered(
+    status: int, kind: str
+) -> None:
+    def script(turn: Turn) -> Reaction:
+        return problem(status) if turn.prompt.startswith("Trajectory 0:") else answer(turn)
+
+    replies = run("openai", script, 6, concurrency=1)
+    assert [reply.failure is None for reply in replies].count(True) == 5
+    (failed,) = [reply for reply in replies if reply.failure]
+    assert failed.request.trajectory_id == "t0"
+    assert failed.failure.startswith(f"{kind}: http://127.0.0.1:")
+
+
+def test_a_server_that_forbids_everything_from_some_request_on_ends_the_run() -> None:
+    replies: list[CriticReply] = []
+    with ApiServer(lambda turn: answer(turn) if turn.number < 5 else problem(403)) as server:
+        critic = critic_at("openai", server, concurrency=1)
+        with pytest.raises(BackendError, match="20 requests in a row"):
+            keep(critic.label(requests_of(60)), replies)
+        critic.close()
+    assert 25 <= len(replies) <= 26  # one may be under way
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_server_that_counts_no_tokens_is_paid_as_estimated(provider: str) -> None:
+    def script(turn: Turn) -> Reaction:
+        return answer(turn, prompt=0, completion=0)
+
+    (reply,) = run(provider, script, 1, price=PRICE)
+    assert (reply.prompt_tokens, reply.completion_tokens) == (100, 30)
+    assert reply.usd == pytest.approx(PRICE.usd(prompt_tokens=100, completion_tokens=30))
+    (reply,) = run(provider, script, 1)
+    assert (reply.prompt_tokens, reply.usd) == (0, 0.0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("num_unreadable", [1, 9])
+def test_an_answer_that_nobody_can_read_is_paid(provider: str, num_unreadable: int) -> None:
+    def script(turn: Turn) -> Reaction:
+        return not_json() if turn.number < num_unreadable else answer(turn, completion=30)
+
+    (reply,) = run(provider, script, 1, price=PRICE)
+    assert (reply.failure is None) == (num_unreadable == 1)
+    assert len(run.server.turns) == 2
+    assert reply.usd == pytest.approx(2 * PRICE.usd(prompt_tokens=100, completion_tokens=30))
+
+
+def test_an_answer_that_nobody_can_read_is_paid_although_the_run_ends() -> None:
+    replies: list[CriticReply] = []
+    with ApiServer(lambda turn: problem(401) if turn.number else not_json()) as server:
+        critic = critic_at("openai", server, price=PRICE)
+        with pytest.raises(BackendError, match="check the key"):
+            keep(critic.label(requests_of(1)), replies)
+        critic.close()
+    assert [reply.usd for reply in replies] == [
+        pytest.approx(PRICE.usd(prompt_tokens=100, completion_tokens=30))
+    ]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_run_ends_where_every_answer_is_cut_off(provider: str) -> None:
+    replies: list[CriticReply] = []
+    with ApiServer(lambda turn: answer(turn, "", finish="length")) as server:
+        critic = critic_at(provider, server, concurrency=4)
+        with pytest.raises(BackendError, match="--reasoning low"):
+            keep(critic.label(requests_of(200)), replies)
+        critic.close()
+    assert 10 <= len(replies) < 30
+    assert all(reply.failure.startswith("unparseable: cut off after") for reply in replies)
+
+
+def test_one_whole_answer_before_keeps_a_run_of_cut_answers_going() -> None:
+    def script(turn: Turn) -> Reaction:
+        return answer(turn, "", finish="length") if turn.number else answer(turn)
+
+    replies = run("openai", script, 20, concurrency=1)
+    assert [reply.failure is None for reply in replies].count(True) == 1
+
+
+def test_a_reasoning_model_of_openai_that_may_not_think_is_an_error_before_anything() -> None:
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=r"gpt-5: is a reasoning model.*--reasoning low"):
+            openai_critic(model="gpt-5", settings=SETTINGS, dry_run=dry_run)
+    with ApiServer(models=({"id": "gpt-5"},)) as server:
+        critic_at("openai", server, model="gpt-5").close()
 
 
 def test_fewer_alternatives_are_better_than_none() -> None:

@@ -93,6 +93,39 @@ def test_what_is_left_out_for_openai_is_not_used(option: str) -> None:
         assert {"max_tokens", "max_completion_tokens"} & body.keys()
 
 
+@pytest.mark.parametrize(
+    ("model", "thinks"),
+    [
+        ("gpt-5", True),
+        ("gpt-5-2025-08-07", True),
+        ("gpt-5-mini", True),
+        ("o1", True),
+        ("o3-mini", True),
+        ("gpt-5.1", True),
+        ("gpt-5.2-mini", True),
+        ("gpt-6", True),
+        ("gpt-10", True),
+        ("gpt-5-chat-latest", False),
+        ("gpt-5.1-chat-latest", False),
+        ("gpt-4.1", False),
+        ("gpt-4o", False),
+        ("gpt-4o-mini", False),
+        ("gpt-oss-120b", False),
+        ("omni", False),
+    ],
+)
+def test_a_reasoning_model_is_sent_no_temperature_even_where_it_may_not_think(
+    model: str, thinks: bool
+) -> None:
+    body = openai.request_body(QUESTION, model=model, settings=SETTINGS)
+    assert body.keys().isdisjoint({"temperature", "logprobs", "top_logprobs"}) == thinks
+    can_stop = thinks and model.startswith(("gpt-5.", "gpt-6", "gpt-10"))
+    assert body.get("reasoning_effort") == ("none" if can_stop else None)
+    body = openai.request_body(QUESTION, model=model, settings=SETTINGS, hosted=False)
+    assert "temperature" in body
+    assert "reasoning_effort" not in body
+
+
 def test_a_question_to_anthropic() -> None:
     body = anthropic.request_body(QUESTION, model="m", settings=SETTINGS)
     schema = body.pop("output_config")["format"]["schema"]

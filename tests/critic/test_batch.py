@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from srft_prep.critic import CriticReply
+from srft_prep.critic.anthropic import anthropic_critic
 from srft_prep.critic.batch.provider import BatchProvider
+from srft_prep.critic.openai import openai_critic
+from srft_prep.critic.prompt import load_prompt
+from srft_prep.critic.question import QuestionSettings
 from srft_prep.errors import BackendError, ConfigError
-from tests.critic.batch_child import id_of, provider_of, request_of, run
+from tests.critic.batch_child import PROMPTS, id_of, provider_of, request_of, run
 from tests.critic.batch_server import KEY, BatchServer
 
 NAMES = ("openai", "anthropic")
@@ -416,6 +420,19 @@ def test_a_damaged_journal_is_refused(
     with pytest.raises(ConfigError, match=r"batches\.jsonl:1: expected a line of the journal"):
         list(run([request_of(0)], openai, journal))
     assert not server.jobs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_over_several_servers_are_refused(tmp_path: Path, name: str) -> None:
+    critic = openai_critic if name == "openai" else anthropic_critic
+    with pytest.raises(ConfigError, match="--batch: expected one --base-url, got 2"):
+        critic(
+            model="judge",
+            settings=QuestionSettings(prompt=load_prompt(next(iter(sorted(PROMPTS.glob("*.md")))))),
+            base_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
+            batch_journal=tmp_path / "batches.jsonl",
+            dry_run=True,
+        )
 
 
 def test_the_clients_are_imported_only_by_the_adapters_that_need_them() -> None:

@@ -15,13 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srft_prep.critic import CriticReply, Question
+from srft_prep.critic import CriticReply, CriticRequest, Question
 from srft_prep.critic.answers import Completion
 from srft_prep.critic.batch.journal import BatchJournal
 from srft_prep.critic.batch.provider import ItemResult, JobState, RecentJob
-from tests.critic.batch_child import CRITIC, id_of, request_of, run
+from srft_prep.critic.budget import Budget, most_usd
+from srft_prep.critic.pricing import Rates
+from tests.critic.batch_child import CRITIC, PRICE, id_of, request_of, run
 
 OWNER = {"provider": "memory", **CRITIC}
+RATES = Rates(price=PRICE, batch=True)
 
 
 class Killed(BaseException):
@@ -202,7 +205,7 @@ def test_any_prefix_of_a_journal_tells_what_its_whole_lines_tell(
         entries, ends, states = {}, [0], [{}]
         for event, number, ids in history:
             if event == "intent":
-                entries[number] = journal.intend(ids)
+                entries[number] = journal.intend(dict.fromkeys(ids, 0.0))
             elif event == "submitted":
                 journal.submitted(entries[number], f"job-{number}")
             elif event == "taken":
@@ -233,9 +236,78 @@ def state_of(journal: BatchJournal) -> dict[str, tuple[str | None, int, frozense
 
 def test_a_request_that_an_open_job_holds_cannot_be_put_into_another(tmp_path: Path) -> None:
     journal = BatchJournal.open(tmp_path / "batches.jsonl", **OWNER)
-    journal.intend(["a", "b"])
+    journal.intend({"a": 0.0, "b": 0.0})
     with pytest.raises(AssertionError, match="in an open job already"):
-        journal.intend(["b", "c"])
+        journal.intend({"b": 0.0, "c": 0.0})
+    journal.close()
+
+
+def test_all_but_the_reply_in_hand_are_taken_whenever_a_run_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "batches.jsonl"
+    replies = run([request_of(number) for number in range(6)], MemoryProvider(path, True), path)
+    handed_out = [id_of(next(replies).request) for _ in range(4)]
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes())
+    killed = BatchJournal.open(tmp_path / "copy.jsonl", **OWNER)
+    (job,) = killed.jobs.values()
+    assert job.ids == {id_of(request_of(number)) for number in range(6)} - {*handed_out[:3]}
+    killed.close()
+    replies.close()
+
+
+def reserving(numbers: list[int], budget: Budget) -> Iterator[CriticRequest]:
+    """Requests as `label` sends them: each paid for in advance, none once the money is out."""
+    for number in numbers:
+        request = request_of(number)
+        if not budget.reserve(most_usd(request.question, RATES)):
+            return
+        yield request
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3]),
+        ([4, 0, 1, 2, 3], [4]),  # one may be new before it shows that it is
+        ([4, 5, 6], [4]),
+    ],
+)
+def test_what_a_killed_run_has_in_flight_counts_against_the_budget(
+    tmp_path: Path, numbers: list[int], expected: list[int]
+) -> None:
+    path = tmp_path / "batches.jsonl"
+    provider = MemoryProvider(path, True)
+    killed = run([request_of(number) for number in range(4)], provider, path)
+    next(killed)
+    killed.close()
+    budget = Budget(4.5 * most_usd(request_of(0).question, RATES))
+    replies = list(run(reserving(numbers, budget), provider, path, budget))
+    asked = {reply.request.trajectory_id for reply in replies}
+    assert asked == {f"run-{number}" for number in expected}
+
+
+def test_what_is_set_aside_for_jobs_in_flight_is_given_back_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "batches.jsonl"
+    provider = MemoryProvider(path, True)
+    killed = run([request_of(number) for number in range(4)], provider, path)
+    next(killed)
+    killed.close()
+    most = most_usd(request_of(0).question, RATES)
+    budget = Budget(4.5 * most)
+    assert len(list(run([request_of(2)], provider, path, budget))) == 1
+    assert budget.reserve(4 * most)
+
+
+def test_a_journal_without_costs_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "batches.jsonl"
+    journal = BatchJournal.open(path, **OWNER)
+    journal.intend({"a": 1.0, "b": 2.0})
+    journal.close()
+    line = orjson.loads(path.read_bytes())
+    assert line.pop("reserve_usd") == [1.0, 2.0]
+    path.write_bytes(orjson.dumps(line) + b"\n")
+    journal = BatchJournal.open(path, **OWNER)
+    (job,) = journal.jobs.values()
+    assert job.reserve_usd == {"a": 0.0, "b": 0.0}
     journal.close()
 
 

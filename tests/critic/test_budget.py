@@ -139,12 +139,12 @@ def test_no_answer_costs_more_than_was_set_aside_for_it(data, model, batch):
     assert usd <= most_usd(asked, rates) * (1 + 1e-12)
 
 
-def test_an_estimate_of_tokens_is_not_trusted_below_half_the_bytes():
+def test_an_estimate_of_tokens_is_not_trusted_below_the_bytes():
     price = Price(input=1.0, output=1.0, cached_input=1.0, cache_write=1.0)
     text = "é" * 1000
     estimated = question(prompt_tokens=500, text=text)
     exact = question(prompt_tokens=500, text=text, prompt_ids=(1,) * 500)
-    assert most_usd(estimated, Rates(price=price)) == pytest.approx(1000 / 1e6)
+    assert most_usd(estimated, Rates(price=price)) == pytest.approx(2000 / 1e6)
     assert most_usd(exact, Rates(price=price)) == pytest.approx(500 / 1e6)
 
 

@@ -319,7 +319,7 @@ def test_a_context_in_which_not_even_one_step_fits_is_refused():
     Planner(chosen, BYTES, max_input_tokens=least)
     with pytest.raises(ConfigError, match=rf"leaves {least - 1} tokens .* needs {least} \(raise"):
         Planner(chosen, BYTES, max_input_tokens=least - 1)
-    with pytest.raises(ConfigError, match=r"the critic's context of 900 leaves \d+ tokens"):
+    with pytest.raises(ConfigError, match=r"model's context less the answer, leaves \d+ tokens"):
         Planner(chosen, BYTES, max_input_tokens=900, context_tokens=900)
 
 

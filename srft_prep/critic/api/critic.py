@@ -13,6 +13,7 @@ from srft_prep.critic.batch.provider import BatchSettings
 from srft_prep.critic.budget import Budget
 from srft_prep.critic.pricing import Price, Rates
 from srft_prep.critic.question import QuestionSettings
+from srft_prep.errors import ConfigError
 from srft_prep.types import Trajectory
 
 
@@ -69,9 +70,11 @@ class ApiCritic:
 
         Raises:
             ConfigError: the provider's package is missing, there is no such model, a base URL is
-                none, or the prompt does not fit.
+                none, the prompt does not fit, or batches are wanted of several servers.
             BackendError: a server cannot be reached, or refuses the key.
         """
+        if options.batch_journal is not None and len(provider.urls) > 1:
+            raise ConfigError(f"--batch: expected one --base-url, got {len(provider.urls)}")
         self._provider, self._options = provider, options
         self.critic_id = f"{model}@{provider.wire.provider}"
         self.rates = Rates(price=options.price, batch=options.batch_journal is not None)
@@ -131,6 +134,7 @@ class ApiCritic:
                 critic_id=self.critic_id,
                 prompt_hash=self.prompt_hash,
                 price=self._options.price,
+                budget=self._options.budget,
                 settings=self._options.batch_settings,
             )
         finally:

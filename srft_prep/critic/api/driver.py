@@ -16,15 +16,17 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
-from srft_prep.critic import CriticReply, CriticRequest, Question, failure_of
-from srft_prep.critic.answers import AnswerError, Completion, reply_of, without_thoughts
+from srft_prep.critic import CriticReply, CriticRequest, Question
+from srft_prep.critic.answers import AnswerError, Completion, without_thoughts
 from srft_prep.critic.api.concurrency import AdaptiveLimit
 from srft_prep.critic.api.connection import clients_of, load_sdk, shown_url
 from srft_prep.critic.api.exchange import Exchange, Failed, ModelFacts, Patience, Secrets, Wire
 from srft_prep.critic.api.preflight import answers, facts_of
 from srft_prep.critic.api.servers import Server, Servers, Stopped
+from srft_prep.critic.api.usage import Usage, judged
 from srft_prep.critic.budget import Budget
 from srft_prep.critic.pricing import Price
+from srft_prep.errors import BackendError
 
 T = TypeVar("T")
 
@@ -32,6 +34,9 @@ _LOOK_AHEAD: Final = 8
 """Requests pulled beyond what the servers take now, so that none waits for the next one."""
 _REMEMBERED_PROMPTS: Final = 4096
 """Prompts in the provider's cache that are remembered; it forgets them after minutes itself."""
+_CUT_TWICE: Final = 10
+"""Requests whose both answers were cut off, with nothing else before, that end a run: 20 answers
+paid for nothing."""
 
 
 class Api:
@@ -101,6 +106,7 @@ class Api:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_following = 0
         self._draining = False
+        self._num_cut_twice: int | None = 0
         self._warm: OrderedDict[Any, asyncio.Future[None]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="api", daemon=True)
@@ -119,6 +125,7 @@ class Api:
             BackendError: the servers cannot be used, or not any more.
         """
         finished: SimpleQueue[_Outcome] = SimpleQueue()
+        self._num_cut_twice = 0
         source = iter(requests)
         more, under_way = True, 0
         error: BaseException | None = None
@@ -218,22 +225,32 @@ class Api:
         if question is None:
             raise ValueError(f"{request.trajectory_id}: a request for a model without a question")
         light = request.light()
-        usage = _Usage(price=self._price)
+        usage = Usage(price=self._price)
         leading: list[asyncio.Future[None]] = []
         try:
             await self._await_cache(request, leading)
             usage.started = time.monotonic()
-            first = await self._exchange.ask(request, question)
+            first = await self._exchange.ask(
+                request, question, on_unreadable=lambda: usage.add_unreadable(question)
+            )
         except Failed as failed:
             return _Outcome(reply=usage.failure(light, failed))
+        except Stopped as stopped:
+            if not usage.usd:
+                raise
+            self._drain()  # What was paid is handed out, so that it is counted.
+            ended = Failed("unavailable", "the run was ended after an answer that is none")
+            return _Outcome(reply=usage.failure(light, ended), error=stopped)
         finally:
             for future in leading:
                 future.set_result(None)
-        usage.add(first)
-        judged = _judged(light, first, usage)
-        if not isinstance(judged, AnswerError):
-            return _Outcome(reply=judged)
-        return await self._ask_again(request, question, first, judged, usage)
+        usage.add(first, question)
+        made = judged(light, first, usage)
+        if not first.cut or not isinstance(made, AnswerError):
+            self._num_cut_twice = None
+        if not isinstance(made, AnswerError):
+            return _Outcome(reply=made)
+        return await self._ask_again(request, question, first, made, usage)
 
     async def _ask_again(
         self,
@@ -241,7 +258,7 @@ class Api:
         question: Question,
         first: Completion,
         wrong: AnswerError,
-        usage: "_Usage",
+        usage: Usage,
     ) -> "_Outcome":
         """Return what comes of asking once more: with more room, or with the error told."""
         light = request.light()
@@ -267,19 +284,43 @@ class Api:
         if self._budget and reserved and not self._budget.reserve(reserved):
             failed = Failed("unparseable", f"{wrong} (the budget does not suffice to ask again)")
             return _Outcome(reply=usage.failure(light, failed))
+        question = replace(question, prompt_tokens=prompt_tokens)
         try:
-            second = await self._exchange.ask(request, question, conversation=conversation)
+            second = await self._exchange.ask(
+                request,
+                question,
+                conversation=conversation,
+                on_unreadable=lambda: usage.add_unreadable(question),
+            )
         except Failed as failed:
             reply = usage.failure(light, failed)
         except Stopped:
             reply = usage.failure(light, Failed("unparseable", f"{wrong} (the run was ended)"))
         else:
-            usage.add(second)
-            judged = _judged(light, second, usage)
-            if isinstance(judged, AnswerError):
-                judged = usage.failure(light, Failed("unparseable", f"{judged} (asked twice)"))
-            reply = judged
+            usage.add(second, question)
+            made = judged(light, second, usage)
+            self._note_cut(second.cut and isinstance(made, AnswerError))
+            if isinstance(made, AnswerError):
+                made = usage.failure(light, Failed("unparseable", f"{made} (asked twice)"))
+            reply = made
         return _Outcome(reply=reply, reserved_usd=reserved if self._budget else 0.0)
+
+    def _note_cut(self, twice: bool) -> None:
+        """End a run of which every answer so far was cut off, with twice the room, too."""
+        if not twice:
+            self._num_cut_twice = None
+        if self._num_cut_twice is None:
+            return
+        self._num_cut_twice += 1
+        if self._num_cut_twice >= _CUT_TWICE:
+            self._servers.stop(
+                BackendError(
+                    f"{self._model}: expected labels, got only answers that were cut off, of "
+                    f"{_CUT_TWICE} requests also with twice the room, so the rest were not sent "
+                    "(the model thinks before it answers, or does not stop: give --reasoning low "
+                    "or another model; what is labelled is kept)"
+                )
+            )
 
     async def _await_cache(
         self, request: CriticRequest, leading: list[asyncio.Future[None]]
@@ -335,57 +376,3 @@ class _Outcome:
     """Why there is no reply."""
     reserved_usd: float = 0.0
     """Set aside for a second answer, until the reply is counted."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Usage:
-    """What a request has taken so far, all its answers together."""
-
-    price: Price | None
-    started: float = 0.0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    usd: float = 0.0
-
-    def add(self, completion: Completion) -> None:
-        """Count an answer."""
-        self.prompt_tokens += completion.prompt_tokens
-        self.cached_tokens += completion.cached_tokens
-        self.completion_tokens += completion.completion_tokens
-        if self.price:
-            self.usd += self.price.usd(
-                prompt_tokens=completion.prompt_tokens,
-                cached_tokens=completion.cached_tokens,
-                cache_write_tokens=completion.cache_write_tokens,
-                completion_tokens=completion.completion_tokens,
-            )
-
-    def fields(self) -> dict[str, Any]:
-        """Return a reply's fields."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "completion_tokens": self.completion_tokens,
-            "usd": self.usd,
-            "seconds": time.monotonic() - self.started,
-        }
-
-    def failure(self, request: CriticRequest, failed: Failed) -> CriticReply:
-        """Return a failed reply."""
-        failure = failure_of(failed.kind, failed.reason)
-        return CriticReply(request=request, failure=failure, **self.fields())
-
-
-def _judged(
-    request: CriticRequest, completion: Completion, usage: _Usage
-) -> CriticReply | AnswerError:
-    """Return the reply that an answer makes, or why it is not the answer asked for."""
-    if completion.refusal is not None:
-        return usage.failure(request, Failed("refused", completion.refusal))
-    try:
-        return reply_of(request, completion.text, completion.tokens, **usage.fields())
-    except AnswerError as error:
-        if completion.cut:
-            error = AnswerError(f"cut off after {completion.completion_tokens} tokens: {error}")
-        return error

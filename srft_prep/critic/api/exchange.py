@@ -11,8 +11,9 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Final, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -26,8 +27,8 @@ from srft_prep.critic.api.servers import Server, Servers, Stopped
 from srft_prep.errors import BackendError
 
 LOG: Final = logging.getLogger("srft_prep")
-_LEAST_SECRET: Final = 5
-"""Shorter keys are placeholders (`none`), which stand in many a text."""
+_LEAST_SECRET: Final = 8
+"""Shorter keys are placeholders (`none`, `EMPTY`), which stand in many a text."""
 _LONGEST_BACKOFF_SECONDS: Final = 30.0
 
 
@@ -37,6 +38,8 @@ class Patience:
 
     tries: int = 4
     """Of a request whose server fails or is out of reach."""
+    unreadable_tries: int = 2
+    """Of a request whose answers are none: each of them is billed."""
     backoff_seconds: float = 1.0
     """Before the second try; then twice as long each time."""
     pause_seconds: float = PAUSE_SECONDS
@@ -178,6 +181,7 @@ class Exchange:
         question: Question,
         *,
         conversation: Sequence[Mapping[str, str]] = (),
+        on_unreadable: Callable[[], None],
     ) -> Completion:
         """Return what a model answers.
 
@@ -185,23 +189,22 @@ class Exchange:
             request: what the question belongs to.
             question: what to ask.
             conversation: messages after the question.
+            on_unreadable: called for each answer that is none, and was billed all the same.
 
         Raises:
             Failed: there is no answer.
             Stopped: the run is over.
         """
-        tries, structured = 0, True
+        tries, num_unreadable, structured = 0, 0, True
         limited_since: float | None = None
         while True:
             server, sent_in = await self._servers.take()
+            body_without = partial(
+                self._wire.body, request, question, hosted=server.hosted, structured=structured
+            )
+            without = frozenset(server.without)
             try:
-                body = self._wire.body(
-                    request,
-                    question,
-                    hosted=server.hosted,
-                    structured=structured,
-                    without=frozenset(server.without),
-                )
+                body = body_without(without=without)
                 body["messages"].extend(conversation)
                 outcome = await self._post(server, body)
                 if isinstance(outcome, Completion):
@@ -214,12 +217,26 @@ class Exchange:
                 self._servers.give_back(server)
             problem = replace(outcome, reason=self._secrets.scrub(outcome.reason))
             reason = f"{server.url}: {problem.reason}"
+            if problem.action == "stop" and problem.this_one:
+                if server.num_answers:
+                    self._lose(reason)
+                    raise Failed(problem.kind, reason)
+                tries += 1
+                if tries < self._patience.tries:
+                    await self._back_off(tries)  # Others may tell whether all are refused.
+                    continue
             if problem.action == "stop":
                 self._servers.stop(BackendError(f"{reason}; what is labelled is kept"))
                 raise Stopped
             if problem.action == "fail":
                 raise Failed(problem.kind, reason)
             if problem.action == "leave-out":
+                option, more = problem.option or "", without | {problem.option or ""}
+                if option in without or (
+                    not problem.this_one
+                    and option in self._wire.options_in(body_without(without=more))
+                ):
+                    raise Failed(problem.kind, f"{reason} (nothing more can be left out)")
                 structured = self._leave_out(server, problem) and structured
             elif problem.action == "wait":
                 limited_since = limited_since or time.monotonic()
@@ -227,12 +244,22 @@ class Exchange:
                     raise Failed("unavailable", f"{reason} (for as long as it was asked)")
             elif not (problem.unreachable and self._servers.set_aside(server)):
                 tries += 1
-                if tries >= self._patience.tries:
+                num_unreadable += problem.unreadable
+                if problem.unreadable:
+                    on_unreadable()
+                if (
+                    tries >= self._patience.tries
+                    or num_unreadable >= self._patience.unreadable_tries
+                ):
                     self._lose(reason)
                     raise Failed(problem.kind, f"{reason} ({tries} tries)")
-                pause = self._patience.backoff_seconds * 2.0 ** (tries - 1)
-                pause = min(pause, _LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)
-                await self._servers.sleep(pause)
+                await self._back_off(tries)
+
+    async def _back_off(self, tries: int) -> None:
+        """Wait before the next try; Stopped where the run ends meanwhile."""
+        pause = self._patience.backoff_seconds * 2.0 ** (tries - 1)
+        pause = min(pause, _LONGEST_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)
+        await self._servers.sleep(pause)
 
     async def _post(self, server: Server, body: Mapping[str, Any]) -> Completion | Problem:
         """Return the answer of one HTTP request, or why there is none."""
@@ -262,7 +289,7 @@ class Exchange:
             return self._wire.completion_of(orjson.loads(response.content))
         except ValueError as error:
             reason = f"HTTP {response.status_code} with a body that is no answer: {error}"
-            return Problem(action="retry", reason=reason[:300])
+            return Problem(action="retry", reason=reason[:300], unreadable=True)
 
     def _lost_connection(self, error: Exception) -> Problem:
         cause = error.__cause__ or error

@@ -31,6 +31,10 @@ _THIS_ONE: Final = re.compile(
     r"too (?:many|complex|large|long|deep)|exceed|more than|limit|at most", re.IGNORECASE
 )
 
+_VALUED: Final = frozenset({"max_tokens", "max_completion_tokens"})
+"""Options that a server names for their value, too: only its words say that it does not know
+them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -50,9 +54,11 @@ class Problem:
     option: str | None = None
     """What the server refuses."""
     this_one: bool = False
-    """Whether it refuses the option for this request only."""
+    """Whether it concerns this request only; for `stop` it may, and does if others succeed."""
     unreachable: bool = False
     """Whether no connection came about."""
+    unreadable: bool = False
+    """Whether it is an answer, and was billed, that nobody can read."""
 
 
 def problem_of(
@@ -76,11 +82,21 @@ def problem_of(
     words = f"{code} {message}"
     wait = wait_seconds_of(headers)
     if status in (401, 403):
-        return Problem(action="stop", reason=f"{reason} (check the key and what it may use)")
+        return Problem(
+            action="stop",
+            kind="refused",
+            reason=f"{reason} (check the key and what it may use)",
+            this_one=status == 403,
+        )
     if status == 402 or (status in (400, 429) and _UNPAID.search(words)):
         return Problem(action="stop", reason=f"{reason} (the account has no money left)")
     if status in (404, 405):
-        return Problem(action="stop", reason=f"{reason} (check --base-url and --model)")
+        return Problem(
+            action="stop",
+            kind="rejected",
+            reason=f"{reason} (check --base-url and --model)",
+            this_one=status == 404,
+        )
     if status == 413 or (status in (400, 422, 429) and _OVERLONG.search(words)):
         return Problem(action="fail", kind="over-long", reason=reason)
     if status in (429, 529) or (status == 503 and wait is not None):
@@ -93,7 +109,9 @@ def problem_of(
         if _DECLINED.search(words):
             return Problem(action="fail", kind="refused", reason=reason)
         for option, pattern in options.items():
-            if named == option or pattern.search(message):
+            is_valued = option in _VALUED
+            told = f"{named} {message}" if is_valued else message
+            if (named == option and not is_valued) or pattern.search(told):
                 this_one = _THIS_ONE.search(message) is not None
                 return Problem(
                     action="leave-out",

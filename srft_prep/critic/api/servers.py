@@ -33,6 +33,8 @@ class Server:
     """Whether it is the provider itself and not a server that speaks its format."""
     without: set[str] = field(default_factory=set)
     """What it refuses and requests therefore leave out."""
+    num_answers: int = 0
+    """How often it answered."""
     away: bool = False
     """Whether it is set aside."""
 
@@ -94,6 +96,7 @@ class Servers:
     def succeeded(self, server: Server) -> None:
         """Take note of an answer."""
         server.limit.succeeded()
+        server.num_answers += 1
         self._refused_since = None
 
     def refused(self, server: Server, sent_in: int, wait_seconds: float | None) -> None:

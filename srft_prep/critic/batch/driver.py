@@ -3,7 +3,8 @@
 Requests are spooled to a temporary file until a batch is full, then submitted, while those in
 flight are polled. What is in flight stands in a journal, so that a killed run finds its jobs again
 and waits for them. Invariant: a request that a job may still answer is in no other job. A reply
-counts as taken when the next one is asked for: the caller has put it into the ledger by then.
+counts as taken when the next one is asked for: the caller has put it into the ledger by then. What
+earlier runs have in flight counts against the budget (`Claims`).
 
 Memory holds the requests in flight without their text, and one request; a batch's text is on disk.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from srft_prep.critic import CriticReply, CriticRequest, FailureKind, failure_of
+from srft_prep.critic.batch.claims import Claims
 from srft_prep.critic.batch.journal import BatchJournal, custom_id_of
 from srft_prep.critic.batch.provider import (
     BatchProvider,
@@ -29,7 +31,8 @@ from srft_prep.critic.batch.provider import (
 from srft_prep.critic.batch.recovery import find_job
 from srft_prep.critic.batch.replies import reply_of_result
 from srft_prep.critic.batch.spool import Job, Spool
-from srft_prep.critic.pricing import Price
+from srft_prep.critic.budget import Budget, most_usd
+from srft_prep.critic.pricing import Price, Rates
 from srft_prep.errors import BackendError
 
 _KEPT_SECONDS: Final = 29 * 24 * 3600.0
@@ -46,6 +49,7 @@ def label_in_batches(
     critic_id: str,
     prompt_hash: str,
     price: Price | None = None,
+    budget: Budget | None = None,
     settings: BatchSettings | None = None,
 ) -> Iterator[CriticReply]:
     """Yield a reply for each request, once the provider's batches have answered.
@@ -57,6 +61,7 @@ def label_in_batches(
         critic_id: part of the requests' keys.
         prompt_hash: part of the requests' keys.
         price: of tokens; the provider's batch factor applies.
+        budget: what the jobs of earlier runs are set aside from.
         settings: sizes and times, where not the usual ones.
 
     Raises:
@@ -75,6 +80,7 @@ def label_in_batches(
             journal=opened,
             price=price,
             settings=settings or BatchSettings(),
+            claims=Claims(budget),
         )
         with closing(driver):
             yield from driver.replies()
@@ -87,10 +93,9 @@ class _Driver:
     journal: BatchJournal
     price: Price | None
     settings: BatchSettings
+    claims: Claims
 
     jobs: list[Job] = field(default_factory=list)
-    holders: dict[str, Job] = field(default_factory=dict)
-    """Custom id -> the job of an earlier run that may answer it."""
     spool: Spool = field(default_factory=Spool)
     """Fills."""
     waiting: deque[Spool] = field(default_factory=deque)
@@ -115,7 +120,7 @@ class _Driver:
         for entry in self.journal.jobs.values():
             job = Job(entry)
             self.jobs.append(job)
-            self.holders.update(dict.fromkeys(entry.ids, job))
+            self.claims.add(job)
         while True:
             if time.monotonic() >= self.next_poll:
                 self._poll()
@@ -136,6 +141,7 @@ class _Driver:
                 time.sleep(max(0.0, self.next_poll - time.monotonic()))
 
     def close(self) -> None:
+        self.claims.close()
         for spool in (self.spool, *self.waiting, *(job.spool for job in self.jobs)):
             spool.close()
 
@@ -155,15 +161,17 @@ class _Driver:
             request, critic_id=self.journal.critic_id, prompt_hash=self.journal.prompt_hash
         )
         line = self.provider.line(custom_id, request.question)
-        if holder := self.holders.pop(custom_id, None):
-            holder.spool.add(custom_id, request.light(), line if holder.ended is None else b"")
+        usd = most_usd(request.question, Rates(price=self.price, batch=True))
+        if holder := self.claims.pop(custom_id):
+            kept = line if holder.ended is None else b""
+            holder.spool.add(custom_id, request.light(), kept, usd)
         elif len(line) > self.provider.max_bytes:
             reason = f"{len(line):,} bytes, a batch may have {self.provider.max_bytes:,}"
             self._fail(request.light(), "over-long", reason)
         else:
             if self.spool.num_bytes + len(line) > self.max_bytes:
                 self._seal()
-            self.spool.add(custom_id, request.light(), line)
+            self.spool.add(custom_id, request.light(), line, usd)
             most = min(self.settings.max_requests, self.provider.max_requests)
             if len(self.spool.requests) >= most:
                 self._seal()
@@ -182,7 +190,7 @@ class _Driver:
             and time.monotonic() >= self.next_submission
         ):
             spool = self.waiting.popleft()
-            job = Job(self.journal.intend(spool.requests), spool)
+            job = Job(self.journal.intend(spool.reserve_usd), spool)
             self.jobs.append(job)
             try:
                 job_id = self.provider.submit(spool.lines(), name=job.entry.name)
@@ -335,26 +343,23 @@ class _Driver:
         self.journal.dropped(job.entry, reason)
         self.jobs.remove(job)
         for custom_id in job.entry.ids:
-            self.holders.pop(custom_id, None)
+            self.claims.pop(custom_id)
 
     def _finish(self, job: Job) -> Iterator[CriticReply]:
         """Yield a reply for each request that waits for an ended job."""
-        waiting, taken = job.spool.requests, set[str]()
+        waiting = job.spool.requests
         assert job.ended is not None
         job.spool.close()
         seconds = time.time() - job.entry.intended
-        try:
-            for result in self._results(job):
-                if request := waiting.pop(result.custom_id, None):
-                    yield self._reply(request, result, seconds)
-                    taken.add(result.custom_id)
-            failure = failure_of("expired", job.ended.reason)
-            for custom_id in list(waiting):
-                result = ItemResult(custom_id=custom_id, failure=failure)
-                yield self._reply(waiting.pop(custom_id), result, seconds)
-                taken.add(custom_id)
-        finally:
-            self.journal.taken(job.entry, taken)
+        for result in self._results(job):
+            if request := waiting.pop(result.custom_id, None):
+                yield self._reply(request, result, seconds)
+                self.journal.taken(job.entry, [result.custom_id])
+        failure = failure_of("expired", job.ended.reason)
+        for custom_id in list(waiting):
+            result = ItemResult(custom_id=custom_id, failure=failure)
+            yield self._reply(waiting.pop(custom_id), result, seconds)
+            self.journal.taken(job.entry, [custom_id])
         self.jobs.remove(job)
 
     def _results(self, job: Job) -> Iterator[ItemResult]:

@@ -1,6 +1,6 @@
 """What a run has put into a provider's batches, on disk: how a killed run finds its jobs again.
 
-An append-only file of JSON lines, each on disk before the next thing happens:
+An append-only file of JSON lines, each but `taken` on disk before the next thing happens:
 
     {"event": "intent", "name": ..., "ids": [...], ...}   before a job is submitted
     {"event": "submitted", "name": ..., "job_id": ...}    once the provider has named it
@@ -9,7 +9,9 @@ An append-only file of JSON lines, each on disk before the next thing happens:
     {"event": "dropped", "name": ..., "reason": ...}      nothing of it was or will be answered
 
 An *open* job holds its ids but those taken. No id is held by two open jobs: what a job holds is
-waited for, never submitted again. A job without `submitted` may or may not have been accepted: only
+waited for, never submitted again. `taken` is written for each result and left to the system to
+put on disk: a killed process loses none of it, and at most one result is in the ledger without it.
+A job without `submitted` may or may not have been accepted: only
 the provider knows. A torn last line (the process died in the middle of it) is cut off: nothing that
 comes after it had happened.
 """
@@ -17,7 +19,7 @@ comes after it had happened.
 import os
 import time
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -50,6 +52,8 @@ class JobEntry:
     """The custom ids whose results are not in the ledger yet."""
     num_requests: int
     """Of the whole job."""
+    reserve_usd: dict[str, float] = field(default_factory=dict)
+    """The most that each request can cost, by its custom id, in US dollars."""
     job_id: str | None = None
     """The provider's; None where nobody knows whether it was accepted."""
 
@@ -99,9 +103,12 @@ class BatchJournal:
             os.close(self._fd)
             self._fd = None
 
-    def intend(self, ids: Iterable[str]) -> JobEntry:
-        """Write down that a job of these ids is about to be submitted."""
-        entry = JobEntry(name=uuid.uuid4().hex, intended=time.time(), ids=set(ids), num_requests=0)
+    def intend(self, reserve_usd: Mapping[str, float]) -> JobEntry:
+        """Write down that a job of these ids is about to be submitted, and what each may cost."""
+        entry = JobEntry(
+            name=uuid.uuid4().hex, intended=time.time(), ids=set(reserve_usd), num_requests=0
+        )
+        entry.reserve_usd = dict(reserve_usd)
         entry.num_requests = len(entry.ids)
         held = [id_ for job in self.jobs.values() for id_ in job.ids & entry.ids]
         assert not held, f"{self.path}: {held[:3]} are in an open job already"
@@ -113,6 +120,7 @@ class BatchJournal:
             prompt_hash=self.prompt_hash,
             intended=entry.intended,
             ids=sorted(entry.ids),
+            reserve_usd=[reserve_usd[id_] for id_ in sorted(entry.ids)],
         )
         self.jobs[entry.name] = entry
         return entry
@@ -125,12 +133,12 @@ class BatchJournal:
 
     def taken(self, entry: JobEntry, ids: Collection[str]) -> None:
         """Write down which results are in the ledger; the job is done when no others are left."""
-        if not entry.ids.difference(ids):
+        entry.ids.difference_update(ids)
+        if not entry.ids:
             self._append("done", entry)
             del self.jobs[entry.name]
         elif ids:
-            self._append("taken", entry, ids=sorted(ids))
-        entry.ids.difference_update(ids)
+            self._write("taken", entry, ids=sorted(ids))
 
     def dropped(self, entry: JobEntry, reason: str) -> None:
         """Write down that no request of a job was or will be answered: they can be sent again."""
@@ -138,12 +146,16 @@ class BatchJournal:
         del self.jobs[entry.name]
 
     def _append(self, event: str, entry: JobEntry, **fields: Any) -> None:
+        self._write(event, entry, **fields)
+        assert self._fd is not None
+        os.fsync(self._fd)
+
+    def _write(self, event: str, entry: JobEntry, **fields: Any) -> None:
         assert self._fd is not None, "the journal is closed"
         line = orjson.dumps({"event": event, "name": entry.name, **fields}) + b"\n"
         written = 0
         while written < len(line):
             written += os.write(self._fd, line[written:])
-        os.fsync(self._fd)
 
     def _read(self) -> None:
         assert self._fd is not None
@@ -158,7 +170,7 @@ class BatchJournal:
                 size += len(line)
                 try:
                     self._replay(orjson.loads(line), others)
-                except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                except (KeyError, TypeError, ValueError) as error:
                     raise ConfigError(
                         f"{self.path}:{number}: expected a line of the journal of batches, got "
                         f"{line[:60]!r} ({error!r}); without it paid batches may be paid again: "
@@ -173,8 +185,14 @@ class BatchJournal:
                 others.add(name)
                 return
             ids = set(line["ids"])
+            # Journals of old have no sums; their jobs count for nothing against a budget.
+            sums = line.get("reserve_usd") or [0.0] * len(ids)
             self.jobs[name] = JobEntry(
-                name=name, intended=line["intended"], ids=ids, num_requests=len(ids)
+                name=name,
+                intended=line["intended"],
+                ids=ids,
+                num_requests=len(ids),
+                reserve_usd=dict(zip(line["ids"], sums, strict=True)),
             )
         elif event == "submitted":
             self.known_job_ids.add(line["job_id"])

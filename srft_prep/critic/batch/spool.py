@@ -17,18 +17,21 @@ class Spool:
 
     requests: dict[str, CriticRequest] = field(default_factory=dict)
     """Those that wait for a result, without their text."""
+    reserve_usd: dict[str, float] = field(default_factory=dict)
+    """The most that each can cost."""
     num_bytes: int = 0
     refused_since: float | None = None
     """When the provider first had no room for it; monotonic seconds."""
     _file: BinaryIO | None = None
 
-    def add(self, custom_id: str, request: CriticRequest, line: bytes) -> None:
-        """Add a request, without its text, and its line."""
+    def add(self, custom_id: str, request: CriticRequest, line: bytes, usd: float) -> None:
+        """Add a request, without its text, its line, and the most that it can cost."""
         assert custom_id not in self.requests, f"{request.trajectory_id} was asked twice"
         if self._file is None:
             self._file = TemporaryFile()  # noqa: SIM115 - closed by `close`
         self._file.write(line)
         self.requests[custom_id] = request
+        self.reserve_usd[custom_id] = usd
         self.num_bytes += len(line)
 
     def lines(self) -> BinaryIO:
@@ -44,7 +47,7 @@ class Spool:
         lines = self.lines()
         for number, (custom_id, request) in enumerate(self.requests.items()):
             later = 2 * number >= len(self.requests)
-            halves[later].add(custom_id, request, lines.readline())
+            halves[later].add(custom_id, request, lines.readline(), self.reserve_usd[custom_id])
         for half in halves:
             half.refused_since = self.refused_since
         self.close()
