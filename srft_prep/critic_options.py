@@ -34,6 +34,7 @@ _TAKES: Final[dict[str, tuple[str, ...]]] = {
     "timeout": API_CRITICS,
     "batch": API_CRITICS,
     "prices": API_CRITICS,
+    "device": ("transformers",),
     "gpus": ("vllm",),
     "engine_arg": ("vllm",),
     "gpu_usd_per_hour": LOCAL_CRITICS,
@@ -144,6 +145,12 @@ _OPTIONS: Final = (
         is_flag=True,
         help="Use the provider's batch API: half the price, up to 24 hours. A killed run finds its "
         "jobs again.",
+    ),
+    click.option(
+        "--device",
+        metavar="NAME",
+        help="transformers: PyTorch's name of the device, such as cpu; by default a GPU if there "
+        "is one.",
     ),
     click.option(
         "--gpus",
@@ -276,6 +283,8 @@ def chosen_critic(values: Mapping[str, Any], *, output: Path) -> ChosenCritic:
                 "--gpu-usd-per-hour"
             )
         options["usd_per_hour"] = values["gpu_usd_per_hour"] * _num_gpus(name, values["gpus"])
+    if name == "transformers":
+        options["device"] = values["device"]
     if name == "vllm":
         options |= {"gpus": values["gpus"], "engine_args": _engine_args(values["engine_arg"])}
     if name in API_CRITICS:

@@ -14,11 +14,10 @@ import orjson
 
 from srft_prep.critic import CriticReply, CriticRequest, Question, failure_of
 from srft_prep.critic.answers import THOUGHTS_END, AnswerError, Token, reply_of
-from srft_prep.critic.encoding import ChatEncoder
-from srft_prep.critic.engine.checkpoint import open_checkpoint
+from srft_prep.critic.engine.checkpoint import open_checkpoint, planner_of
 from srft_prep.critic.engine.label_tokens import label_token_ids, pieces_of
 from srft_prep.critic.pricing import Rates
-from srft_prep.critic.question import Planner, QuestionSettings
+from srft_prep.critic.question import QuestionSettings
 from srft_prep.errors import BackendError, ConfigError
 from srft_prep.types import Trajectory
 
@@ -63,12 +62,7 @@ class TransformersCritic:
             )
         self._checkpoint = open_checkpoint(model)
         context_tokens = self._checkpoint.context_tokens
-        self._planner = Planner(
-            settings,
-            ChatEncoder(model, reasoning=settings.reasoning),
-            max_input_tokens=settings.max_input_tokens or context_tokens,
-            context_tokens=context_tokens,
-        )
+        self._planner = planner_of(model, settings, context_tokens=context_tokens)
         self.critic_id = self._checkpoint.critic_id
         self.prompt_hash = self._planner.prompt_hash
         self.max_input_tokens: int | None = self._planner.max_input_tokens

@@ -19,13 +19,12 @@ import orjson
 
 from srft_prep.critic import CriticReply, CriticRequest, failure_of
 from srft_prep.critic.answers import AnswerError, Token, reply_of
-from srft_prep.critic.encoding import ChatEncoder
-from srft_prep.critic.engine.checkpoint import Checkpoint, open_checkpoint
+from srft_prep.critic.engine.checkpoint import Checkpoint, open_checkpoint, planner_of
 from srft_prep.critic.engine.pool import EnginePool, Job, worker_command
 from srft_prep.critic.hardware import Gpu
 from srft_prep.critic.hardware import gpus as visible_gpus
 from srft_prep.critic.pricing import Rates
-from srft_prep.critic.question import Planner, QuestionSettings
+from srft_prep.critic.question import QuestionSettings
 from srft_prep.errors import ConfigError
 from srft_prep.types import Trajectory
 
@@ -95,12 +94,7 @@ class VllmCritic:
                 f"--engine-arg max_model_len: expected a number of tokens, got {context_tokens!r}"
             )
         self._context_tokens = context_tokens
-        self._planner = Planner(
-            settings,
-            ChatEncoder(model, reasoning=settings.reasoning),
-            max_input_tokens=settings.max_input_tokens or context_tokens,
-            context_tokens=context_tokens,
-        )
+        self._planner = planner_of(model, settings, context_tokens=context_tokens)
         self.critic_id = self._checkpoint.critic_id
         self.prompt_hash = self._planner.prompt_hash
         self.max_input_tokens: int | None = self._planner.max_input_tokens

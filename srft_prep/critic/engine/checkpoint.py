@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from srft_prep.critic.encoding import ChatEncoder
+from srft_prep.critic.question import Planner, QuestionSettings
 from srft_prep.errors import ConfigError
 
 LONGEST_CONTEXT_TOKENS: Final = 131_072
@@ -155,3 +157,22 @@ def _text_config(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: expected a JSON object, got {type(config).__name__}")
     nested = config.get("text_config")
     return {**config, **nested} if isinstance(nested, dict) else config
+
+
+def planner_of(model: str, settings: QuestionSettings, *, context_tokens: int) -> Planner:
+    """Return what plans the questions to a model that runs here.
+
+    Args:
+        model: its folder or hub id.
+        settings: how to ask.
+        context_tokens: longest prompt and answer together.
+
+    Raises:
+        ConfigError: there is no tokenizer with a chat template, or the prompt does not fit.
+    """
+    return Planner(
+        settings,
+        ChatEncoder(model, reasoning=settings.reasoning),
+        max_input_tokens=settings.max_input_tokens or context_tokens,
+        context_tokens=context_tokens,
+    )
