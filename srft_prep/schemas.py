@@ -80,6 +80,38 @@ SPAN: Final = pa.struct(
     ]
 )
 
+PART_SPAN: Final = pa.struct(
+    [
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+    ]
+)
+"""Half-open token range of a part of a step; a step's parts are disjoint and cover its span."""
+
+FIELD_SPAN: Final = pa.struct(
+    [
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("field", pa.string(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+        pa.field("skipped", pa.int32(), nullable=False),
+    ]
+)
+"""Where a message's field stands in its step's text: a half-open range of characters counted from
+the text's start, and how many of the field's first characters the template left out (it strips)."""
+
+CONVENTION_SPAN: Final = pa.struct(
+    [
+        pa.field("convention", pa.string(), nullable=False),
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("start", pa.int32(), nullable=False),
+        pa.field("end", pa.int32(), nullable=False),
+    ]
+)
+"""Half-open token range that another tool would train; step -1 where the turn is no step."""
+
 TOKENS: Final = pa.schema(
     [
         pa.field("trajectory_id", pa.string(), nullable=False),
@@ -88,8 +120,13 @@ TOKENS: Final = pa.schema(
         pa.field("input_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("step_spans", pa.list_(SPAN), nullable=False),
         pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("part_spans", pa.list_(PART_SPAN), nullable=False),
+        pa.field("field_spans", pa.list_(FIELD_SPAN), nullable=False),
+        pa.field("convention_spans", pa.list_(CONVENTION_SPAN), nullable=False),
+        pa.field("step_chars", pa.list_(pa.int16()), nullable=False),
     ]
 )
+"""`step_chars`: how many characters each token of the steps begins, step after step in order."""
 
 WEIGHT_RUN: Final = pa.struct(
     [
@@ -106,5 +143,10 @@ SHARDS: Final = pa.schema(
         pa.field("seq_lengths", pa.list_(pa.int32()), nullable=False),
         pa.field("loss_weights", pa.list_(WEIGHT_RUN), nullable=False),
         pa.field("trajectory_ids", pa.list_(pa.string()), nullable=False),
+        pa.field("sum_weights", pa.float64(), nullable=False),
+        pa.field("document_sum_weights", pa.list_(pa.float64()), nullable=False),
+        pa.field("trajectory_sum_weights", pa.list_(pa.float64()), nullable=False),
     ]
 )
+"""`sum_weights`: of the packed sequence; `document_sum_weights`: of each of its documents;
+`trajectory_sum_weights`: of each document's whole trajectory, over all its documents."""
