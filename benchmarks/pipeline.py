@@ -94,7 +94,7 @@ def main(repeats: int) -> None:
         tokens = tokenize(base / "trajectories", base / "tokens", tokenizer=tokenizer)
         loaded = load_spec(tokenizer).load()
         texts = [
-            next(loaded.conversations(each, history="full")).rendering.text
+            loaded.conversations(each, history="full")[0].rendering.text
             for each in read_trajectories(parts)
         ]
         num_bytes = sum(Path(file).stat().st_size for file in files)

@@ -1,48 +1,53 @@
 """A tokenizer with its chat template: conversations -> ids and spans.
 
+One tokenisation of the whole rendering gives ids and the place of every token; spans are looked up
+in it. A token belongs where its first character does.
+
 `TokenizerSpec` is what `AutoTokenizer` loaded, as plain strings, so that worker processes get the
 very backend that `apply_chat_template` would use without importing all of transformers again.
 """
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from srft_prep.certificate import Encoder
 from srft_prep.config import History
-from srft_prep.errors import ConfigError, FormatError
-from srft_prep.render import (
-    ChatTemplate,
-    Rendering,
-    action_span,
-    template_messages,
-    template_tools,
-)
+from srft_prep.engines import Encoded
+from srft_prep.errors import ConfigError
+from srft_prep.history import Conversation, Renderer
+from srft_prep.render import ChatTemplate
 from srft_prep.types import Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Encoding, Tokenizer
 
-    Encoded = tuple[NDArray[np.int32], tuple[tuple[int, int, int], ...]]
-
 EXAMPLE_TOKENIZER: Final = "example"
 """Name of the small tokenizer that comes with the package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """A rendering and where its steps lie in it."""
+class Tokens:
+    """One conversation as tokens, with what a token part says of it (see `schemas.TOKENS`)."""
 
-    rendering: Rendering
-    spans: tuple[tuple[int, int, int], ...]
-    """(step, start, end), half-open character ranges, in order."""
+    ids: "NDArray[np.int32]"
+    """Token ids, [T]."""
+    step_spans: tuple[tuple[int, int, int], ...]
+    """(step, start, end), half-open token ranges, in order."""
+    part_spans: tuple[tuple[int, str, int, int], ...]
+    """(step, part, start, end), half-open token ranges, in order, none empty."""
+    field_spans: tuple[tuple[int, str, int, int, int], ...]
+    """(step, field, start, end, skipped), characters of the step's text."""
+    convention_spans: tuple[tuple[str, int, int, int], ...]
+    """(convention, step, start, end), half-open token ranges, none empty."""
+    step_chars: "NDArray[np.int16]"
+    """How many characters each token of the steps begins, step after step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +83,9 @@ class TokenizerSpec:
             "template_hash": self.template_hash,
         }
 
-    def load(self) -> "LoadedTokenizer":
-        """Return the tokenizer, ready for use."""
-        return LoadedTokenizer(self)
+    def load(self, *, fast: bool = False) -> "LoadedTokenizer":
+        """Return the tokenizer, ready for use; `fast` where its certificate allows it."""
+        return LoadedTokenizer(self, fast=fast)
 
 
 def load_backend(source: str, *, option: str = "--tokenizer") -> "tuple[Tokenizer, str]":
@@ -160,7 +165,7 @@ def tokenizer_path(source: str) -> str:
 class LoadedTokenizer:
     """A backend and a compiled template."""
 
-    def __init__(self, spec: TokenizerSpec) -> None:
+    def __init__(self, spec: TokenizerSpec, *, fast: bool = False) -> None:
         from tokenizers import Tokenizer as Backend
 
         self.spec = spec
@@ -172,118 +177,62 @@ class LoadedTokenizer:
         self.template = ChatTemplate(
             spec.template, variables=spec.variables, control_tokens=spec.control_tokens
         )
-        self.header = self.template.generation_prompt([{"role": "user", "content": "-"}])
-        self._newline = self.backend.encode("\n", add_special_tokens=False).ids
+        self.renderer = Renderer(self.template)
+        self.header = self.renderer.header
+        self._control_ids = [self.backend.token_to_id(token) for token in spec.control_tokens]
+        self._newline = self._encode("\n").ids
+        self.use_engine(fast=fast)
 
-    def conversations(self, trajectory: Trajectory, *, history: History) -> Iterator[Conversation]:
-        """Yield the renderings to train on: one, or with `per-step` one a step.
+    def use_engine(self, *, fast: bool) -> None:
+        """Encode by the fast engine or the reference from now on."""
+        self.encoder = Encoder(
+            self.spec.backend, self.backend, fast=fast, control_ids=self._control_ids
+        )
+
+    def conversations(self, trajectory: Trajectory, *, history: History) -> list[Conversation]:
+        """Return the renderings to train on, see `Renderer.conversations`."""
+        return self.renderer.conversations(trajectory, history=history)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Tokens]:
+        """Return the tokens of every conversation.
 
         Raises:
-            FormatError: the template refuses the conversation, or rewrites its history although
-                `history` is `auto`.
+            MismatchError: the fast engine is found to differ from the reference.
         """
-        messages, indices = template_messages(trajectory)
-        tools = template_tools(trajectory)
-        if not messages:
-            raise FormatError("no message of a role that chat templates know")
-        actions = _actions(trajectory, indices)
-        if history == "per-step":
-            for step, position in enumerate(actions):
-                yield self._conversation(messages[: position + 1], tools, {step: position})
-            return
-        whole = self._conversation(messages, tools, dict(enumerate(actions)))
-        yield whole
-        if history == "auto" and (where := self.rewrites_history(trajectory, whole, num_cuts=2)):
-            raise FormatError(
-                f"the chat template rewrites what was there {where}; use --history per-step or full"
-            )
-
-    def _conversation(
-        self, messages: list[dict[str, Any]], tools: Any, actions: dict[int, int]
-    ) -> Conversation:
-        rendering = self.template.render(messages, tools)
-        end = self.template.control_tokens
-        return Conversation(
-            rendering=rendering,
-            spans=tuple(
-                (step, *action_span(rendering, position, header=self.header, end=end))
-                for step, position in actions.items()
-            ),
-        )
-
-    def rewrites_history(
-        self, trajectory: Trajectory, whole: Conversation, *, num_cuts: int
-    ) -> str | None:
-        """Return up to where a later message changes the rendering, None for nowhere.
-
-        What the model saw at a step, and what it saw and wrote, must both be starts of the whole
-        rendering. Looks at `num_cuts` steps spread over the trajectory, the last and the first
-        included, and at the first step of which the whole rendering leaves out a field.
-        """
-        messages, indices = template_messages(trajectory)
-        tools = template_tools(trajectory)
-        actions = _actions(trajectory, indices)
-        text = whole.rendering.text
-        cuts = np.linspace(len(actions) - 1, 0, num=min(num_cuts, len(actions)), dtype=int).tolist()
-        incomplete = (step for step, _ in _left_out(trajectory, whole))
-        for step in dict.fromkeys([*cuts, *islice(incomplete, 1)]):
-            position = actions[step]
-            if position > 0:
-                seen = self.template.render(messages[:position], tools, add_generation_prompt=True)
-                if not text.startswith(seen.text):
-                    return f"before step {step}"
-            if position + 1 < len(messages):
-                wrote = self._conversation(messages[: position + 1], tools, {step: position})
-                if not text.startswith(wrote.rendering.text[: wrote.spans[0][2]]):
-                    return f"up to the end of step {step}"
-        return None
-
-    def dropped_fields(
-        self, trajectory: Trajectory, conversations: Sequence[Conversation]
-    ) -> Counter[str]:
-        """Count the steps of which the template left out a field without a word."""
-        return Counter(
-            f"dropped_{name}"
-            for conversation in conversations
-            for _, name in _left_out(trajectory, conversation)
-        )
-
-    def encode(self, conversations: Sequence[Conversation]) -> "list[Encoded]":
-        """Return (ids, spans in tokens) of every conversation."""
         plain = [each.rendering.text for each in conversations if not each.rendering.forged]
-        encodings = iter(self.backend.encode_batch(plain, add_special_tokens=False))
+        encoded = self.encoder.encode(plain)
+        if plain:
+            which = max(range(len(plain)), key=lambda i: hash_of_place(plain[i], i))
+            self.encoder.check(plain[which], encoded[which], seed=hash_of_place(plain[which], -1))
+        found = iter(encoded)
         return [
-            self._encode_pieces(each)
-            if each.rendering.forged
-            else _with_spans(next(encodings), each.spans)
+            _tokens(each, self._encode_pieces(each) if each.rendering.forged else next(found))
             for each in conversations
         ]
 
-    def _encode_pieces(self, conversation: Conversation) -> "Encoded":
+    def _encode_pieces(self, conversation: Conversation) -> Encoded:
         """Encode a rendering that holds control tokens as text: those apart, without added tokens.
 
         The pieces between them are encoded behind a newline that is taken off again, so that no
         tokenizer treats their start as the start of a text. The same ids come out of
-        `apply_chat_template(..., sanitize_control_tokens=True)`.
+        `apply_chat_template(..., sanitize_control_tokens=True)`. All characters of a control token
+        are taken to begin in the first of its tokens.
         """
         text = conversation.rendering.text
         ids: list[int] = []
-        starts: list[int] = []  # first character of each token
+        offsets: list[tuple[int, int]] = []
         position = 0
         for begin, end in (*conversation.rendering.forged, (len(text), len(text))):
-            self._append_piece(text[position:begin], position, ids, starts)
+            self._append_piece(text[position:begin], position, ids, offsets)
             plain = self._without_added_tokens(text[begin:end])
             ids += plain
-            starts += [begin] * len(plain)
+            offsets += [(begin, end)] * len(plain)
             position = end
-        firsts = np.array(starts, np.int64)
-        spans = tuple(
-            (step, int(np.searchsorted(firsts, start)), int(np.searchsorted(firsts, end)))
-            for step, start, end in conversation.spans
-        )
-        return np.array(ids, np.int32), spans
+        return Encoded.of_offsets(ids, offsets)
 
-    def _append_piece(self, piece: str, position: int, ids: list[int], starts: list[int]) -> None:
+    def _append_piece(
+        self, piece: str, position: int, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> None:
         if not piece:
             return
         encoding, shift, skip = self._encode(piece), 0, 0
@@ -292,7 +241,8 @@ class LoadedTokenizer:
             if behind.ids[: len(self._newline)] == self._newline:
                 encoding, shift, skip = behind, 1, len(self._newline)
         ids += encoding.ids[skip:]
-        starts += [position + start - shift for start, _ in encoding.offsets[skip:]]
+        moved = position - shift
+        offsets += [(start + moved, end + moved) for start, end in encoding.offsets[skip:]]
 
     def _encode(self, text: str) -> "Encoding":
         return self.backend.encode(text, add_special_tokens=False)
@@ -306,38 +256,35 @@ class LoadedTokenizer:
         return [token.id for piece in pieces for token in self.backend.model.tokenize(piece)]
 
 
-def _actions(trajectory: Trajectory, indices: Sequence[int]) -> list[int]:
-    """Return which of the rendered messages are actions; `indices` is their place before."""
-    return [i for i, index in enumerate(indices) if trajectory.messages[index].kind == "action"]
-
-
-def _left_out(trajectory: Trajectory, conversation: Conversation) -> Iterator[tuple[int, str]]:
-    """Yield (step, field) for every field of an action that is not in its rendering."""
-    for step, start, end in conversation.spans:
-        action = trajectory.steps[step].action
-        written = conversation.rendering.text[start:end]
-        if action.content and action.content.strip() not in written:
-            yield step, "content"
-        if action.reasoning_content and action.reasoning_content.strip() not in written:
-            yield step, "reasoning_content"
-        if action.tool_calls is not None and _first_name(action.tool_calls) not in written:
-            yield step, "tool_calls"
-
-
-def _with_spans(encoding: "Encoding", spans: tuple[tuple[int, int, int], ...]) -> "Encoded":
-    firsts = np.array([start for start, _ in encoding.offsets], np.int64) if spans else None
-    return np.array(encoding.ids, np.int32), tuple(
-        (step, int(np.searchsorted(firsts, start)), int(np.searchsorted(firsts, end)))
-        for step, start, end in spans
-        if firsts is not None
+def _tokens(conversation: Conversation, encoded: Encoded) -> Tokens:
+    """Look the characters of a conversation's spans up in its encoding."""
+    spans, parts = conversation.spans, conversation.parts
+    conventions = conversation.conventions
+    edges = [place for _, start, end in spans for place in (start, end)]
+    edges += [place for _, _, start, end in (*parts, *conventions) for place in (start, end)]
+    places = encoded.tokens_before(edges).reshape(-1, 2).tolist() if edges else []
+    found = iter(places)
+    step_spans = tuple((step, *next(found)) for step, _, _ in spans)
+    part_spans = tuple((step, part, *next(found)) for step, part, _, _ in parts)
+    convention_spans: list[tuple[str, int, int, int]] = [
+        (name, step, *next(found)) for name, step, _, _ in conventions
+    ]
+    begun = encoded.characters_begun(length=len(conversation.rendering.text))
+    pieces = [begun[start:end] for _, start, end in step_spans]
+    return Tokens(
+        ids=encoded.ids,
+        step_spans=step_spans,
+        part_spans=tuple(each for each in part_spans if each[2] < each[3]),
+        field_spans=conversation.fields,
+        convention_spans=tuple(each for each in convention_spans if each[2] < each[3]),
+        step_chars=np.concatenate(pieces) if pieces else begun[:0],
     )
 
 
-def _first_name(tool_calls: str) -> str:
-    import orjson
-
-    name: str = orjson.loads(tool_calls)[0]["function"]["name"]
-    return name
+def hash_of_place(text: str, place: int) -> int:
+    """Return a number that depends on a text's length and place, and on nothing else."""
+    digest = hashlib.blake2b(f"{len(text)}:{place}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def _sha256(text: str) -> str:

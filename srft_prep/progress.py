@@ -16,11 +16,17 @@ class Progress(Protocol):
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add finished units; `note` is a few words on the state."""
 
+    def say(self, text: str) -> None:
+        """Tell the user something that must not be missed."""
+
 
 class Silent:
     """Reports nothing: for library use and tests."""
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        """Do nothing."""
+
+    def say(self, text: str) -> None:
         """Do nothing."""
 
 
@@ -56,6 +62,10 @@ class _Plain:
         )
         sys.stderr.flush()
 
+    def say(self, text: str) -> None:
+        sys.stderr.write(f"{self.title}: {text}\n")
+        sys.stderr.flush()
+
 
 @contextmanager
 def _bar(title: str, *, total: int | None, unit: str) -> Iterator[Progress]:
@@ -84,5 +94,8 @@ def _bar(title: str, *, total: int | None, unit: str) -> Iterator[Progress]:
         class Bar:
             def advance(self, count: int = 1, note: str = "") -> None:
                 rich.update(task, advance=count, note=note)
+
+            def say(self, text: str) -> None:
+                rich.console.print(f"{title}: {text}", markup=False, highlight=False)
 
         yield Bar()

@@ -18,7 +18,7 @@ as plain text, piece by piece, as transformers' `sanitize_control_tokens` does.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jinja2
@@ -47,6 +47,10 @@ class Rendering:
     """Message index -> the half-open character range of the message's rendering."""
     forged: tuple[tuple[int, int], ...]
     """Character ranges of control tokens that a message holds as text, in order."""
+    calls: dict[int, int] = field(default_factory=dict)
+    """Message index -> the character where its tool calls' rendering begins; absent if none."""
+    generation: tuple[tuple[int, int], ...] = ()
+    """Character ranges of the template's `{% generation %}` blocks, in order."""
 
 
 class ChatTemplate:

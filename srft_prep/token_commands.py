@@ -41,6 +41,15 @@ from srft_prep.weights import RECIPES, parse_weights
     "rendering, per-step gives each step a sequence with the context that the model saw.",
 )
 @click.option(
+    "--tokenizer-engine",
+    "engine",
+    type=click.Choice(["auto", "fastokens", "tokenizers"]),
+    default="auto",
+    show_default=True,
+    help="auto takes fastokens where it proves equal to tokenizers on this tokenizer and this "
+    "data (the certificate in manifest.json), and tokenizers elsewhere.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=lambda: len(os.sched_getaffinity(0)),
@@ -55,6 +64,7 @@ def tokenize(
     tokenizer: str,
     chat_template: Path | None,
     history: Any,
+    engine: Any,
     workers: int,
     overwrite: bool,
     as_json: bool,
@@ -72,6 +82,7 @@ def tokenize(
             tokenizer=tokenizer,
             chat_template=chat_template,
             history=history,
+            engine=engine,
             workers=workers,
             overwrite=overwrite,
             command=command_line(),
@@ -80,7 +91,25 @@ def tokenize(
     for name in ("content", "reasoning_content", "tool_calls"):
         if dropped := manifest.counts.get(f"dropped_{name}"):
             click.echo(f"the chat template leaves out {name} of {dropped} steps", err=True)
+    click.echo(_certified(manifest.data["certificate"]), err=True)
     finish(manifest, as_json, failed=manifest.counts["rejected"] > 0)
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    """Return the certificate as a sentence."""
+    versions = certificate["versions"]
+    engine, reference = (
+        f"{name} {versions.get(name, '')}"
+        for name in (certificate["engine"], certificate["reference"])
+    )
+    if engine == reference:
+        return f"encoded by {engine}: {certificate['reason']}"
+    phases = [certificate[phase] for phase in ("at_start", "during_run")]
+    strings, tokens = (sum(phase[key] for phase in phases) for key in ("strings", "tokens"))
+    return (
+        f"encoded by {engine}, equal to {reference} on the {strings:,} strings "
+        f"({tokens:,} tokens) that both encoded"
+    )
 
 
 @click.command()

@@ -6,70 +6,54 @@ the assistant header (the header's newline merged with a newline that the agent 
 forced in part by the header and is not trained.
 
 Each trajectory part becomes the token part of the same name. Parts are independent, so that they
-can be made by several processes in any order, and a rerun makes only the missing ones.
+can be made by several processes in any order, and a rerun makes only the missing ones. Where the
+fast engine is found to differ from the reference in the midst of a run, all parts that it made are
+made again by the reference, which the journal remembers.
 """
 
 import os
-import signal
-import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from srft_prep.chat import Conversation, LoadedTokenizer, TokenizerSpec, load_spec
+from srft_prep.certificate import Certificate, Engine, MismatchError, prove
+from srft_prep.chat import LoadedTokenizer, TokenizerSpec, load_spec
 from srft_prep.config import History, TokenizeConfig
-from srft_prep.errors import BackendError, ConfigError, FormatError
+from srft_prep.engines import FAST, REFERENCE, load_fast
+from srft_prep.errors import ConfigError, FormatError
 from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.part_pool import run_jobs
 from srft_prep.progress import Progress, Silent
-from srft_prep.schemas import REJECTED_FILE, SPAN, TOKENS
-from srft_prep.storage import PARQUET_OPTIONS, StageWriter, atomic_path, write_rejected
+from srft_prep.schemas import REJECTED_FILE
+from srft_prep.storage import StageWriter, write_rejected
+from srft_prep.token_parts import MadePart, tokenize_part
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-BATCH_ROWS: Final = 16
-"""Trajectories rendered and encoded together."""
-
-ROW_GROUP_ROWS: Final = 16
-ROW_GROUP_TOKENS: Final = 1 << 20
-"""A row group of a part holds as many rows or about as many tokens, whichever comes first."""
-
 CHECKED_TRAJECTORIES: Final = 64
-"""Trajectories on which a template is tried before anything is written."""
+"""Trajectories on which template and engine are tried before anything is written."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenRow:
-    """One row of a token part."""
-
-    trajectory_id: str
-    resolved: bool | None
-    content_hash: str
-    input_ids: "NDArray[np.int32]"
-    """Token ids, [T]."""
-    step_spans: tuple[tuple[int, int, int], ...]
-    """(step, start, end) of every step, half-open token ranges, in order."""
+_ENGINE: Final = "engine"
+"""Key of the journal's note that the fast engine was found to differ."""
 
 
 @dataclass(slots=True)
-class _Made:
-    """What came of a part, beside its rows."""
+class _Run:
+    """What a run needs, and what it has made so far."""
 
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=lambda: Counter(trajectories=0, sequences=0))
+    writer: StageWriter
+    tokenizer: LoadedTokenizer
+    history: History
+    workers: int
+    progress: Progress
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Journal entries by the names of the parts."""
+    times: list[tuple[float, float]] = field(default_factory=list)
+    """When each part that this very run made was started and ended."""
 
 
 def tokenize(
@@ -79,6 +63,7 @@ def tokenize(
     tokenizer: str,
     chat_template: Path | None = None,
     history: History = "auto",
+    engine: Engine = "auto",
     workers: int = 1,
     overwrite: bool = False,
     command: list[str] | None = None,
@@ -86,21 +71,20 @@ def tokenize(
 ) -> Manifest:
     """Write the tokens of a trajectory directory to a stage directory and return its manifest.
 
+    `run` of the manifest holds `startup_seconds`, and `seconds` from the start of the first part
+    to the end of the last one.
+
     Raises:
         ShardError: `trajectories` is no finished `ingest` output.
-        ConfigError: the tokenizer or template cannot be used, the template rewrites history and
-            `history` is `auto`, or the output cannot be written to.
+        ConfigError: the tokenizer, template or engine cannot be used, the template rewrites history
+            and `history` is `auto`, or the output cannot be written to.
+        MismatchError: `engine` is `fastokens`, and it was found to differ from the reference.
     """
+    began = time.monotonic()
     source = read_manifest(trajectories, stage="ingest").checked()
-    spec = load_spec(tokenizer, chat_template)
-    config = TokenizeConfig(
-        tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
-    )
-    try:
-        loaded = spec.load()
-    except ConfigError as error:
-        raise ConfigError(f"{chat_template or tokenizer}: {error}") from None
-    _check_template(loaded, source.parts, history)
+    loaded, config = _load(tokenizer, chat_template, history, engine)
+    first = list(islice(read_trajectories(source.parts), CHECKED_TRAJECTORIES))
+    texts = _check_template(loaded, first, history)
     with StageWriter.open(
         output,
         stage="tokenize",
@@ -110,216 +94,160 @@ def tokenize(
     ) as writer:
         if writer.finished:
             return writer.finished
-        entries = _run(source.parts, writer, loaded, history, workers, progress or Silent())
+        run = _Run(
+            writer=writer,
+            tokenizer=loaded,
+            history=history,
+            workers=workers,
+            progress=progress or Silent(),
+        )
+        certificate = _make_all(run, source.parts, texts, engine)
         names = [part.name for part in source.parts]
         counts: Counter[str] = Counter(sequences=0, tokens=0, step_tokens=0, rejected=0)
+        compared: Counter[str] = Counter()
         for name in names:
-            counts.update(entries[name]["counts"])
-        write_rejected(output, (row for name in names for row in entries[name]["rejected"]))
+            counts.update(run.entries[name]["counts"])
+            compared.update(run.entries[name]["compared"])
+        rejected = (row for name in names for row in run.entries[name]["rejected"])
+        write_rejected(output, rejected)
         return writer.finish(
             counts=dict(counts),
             names=[*names, REJECTED_FILE],
             command=command or [],
-            extra={"tokenizer": spec.describe()},
+            extra={
+                "tokenizer": loaded.spec.describe(),
+                "certificate": certificate.describe(compared),
+            },
+            run=_timing(run, began),
         )
 
 
-def _run(
-    parts: list[Path],
-    writer: StageWriter,
-    tokenizer: LoadedTokenizer,
-    history: History,
-    workers: int,
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    """Make the parts that are missing and return all journal entries by part name."""
-    entries: dict[str, dict[str, Any]] = {}
+def _load(
+    tokenizer: str, chat_template: Path | None, history: History, engine: Engine
+) -> tuple[LoadedTokenizer, TokenizeConfig]:
+    spec = load_spec(tokenizer, chat_template)
+    try:
+        loaded = spec.load()
+    except ConfigError as error:
+        raise ConfigError(f"{chat_template or tokenizer}: {error}") from None
+    if engine == FAST:
+        try:
+            load_fast(spec.backend)
+        except FormatError as error:
+            raise ConfigError(
+                f"--tokenizer-engine {FAST}: {error}; choose auto, which then takes {REFERENCE}"
+            ) from None
+    config = TokenizeConfig(
+        tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
+    )
+    return loaded, config
+
+
+def _make_all(run: _Run, parts: list[Path], texts: list[str], engine: Engine) -> Certificate:
+    """Make all parts, with the fast engine if it is exact, and return what was found out."""
+    spec = run.tokenizer.spec
+    if note := run.writer.entry(_ENGINE):
+        certificate = Certificate(exact=False, reason=note["reason"])
+    else:
+        certificate = prove(
+            spec.backend,
+            run.tokenizer.backend,
+            texts,
+            control_tokens=spec.control_tokens,
+            engine=engine,
+        )
+    try:
+        run.tokenizer.use_engine(fast=certificate.exact)
+        _make_missing(run, parts)
+    except MismatchError as error:
+        if engine == FAST:
+            raise
+        run.progress.say(f"{error}. Starting over with {REFERENCE}")
+        run.writer.record(_ENGINE, {"reason": str(error)})
+        certificate = Certificate(exact=False, reason=str(error))
+        run.tokenizer.use_engine(fast=False)
+        run.times.clear()
+        _make_missing(run, parts)
+    return certificate
+
+
+def _make_missing(run: _Run, parts: list[Path]) -> None:
+    """Make the parts that are not in the journal, or were made by an engine that is no good."""
+    usable = (FAST, REFERENCE) if run.tokenizer.encoder.is_fast else (REFERENCE,)
+    if not run.writer.entry(_ENGINE):
+        usable = (FAST, REFERENCE)
+    run.entries.clear()
     todo = []
     for part in parts:
-        entry = writer.entry(part.stem)
-        if entry is None:
+        entry = run.writer.entry(part.stem)
+        if entry is None or entry.get("engine") not in usable:
             todo.append(part)
         else:
-            entries[part.name] = entry
-            progress.advance(entry["counts"]["trajectories"])
+            run.entries[part.name] = entry
+            run.progress.advance(entry["counts"]["trajectories"])
+    for part, made in _made(run, todo):
+        run.writer.record(part.stem, made.entry)
+        run.entries[part.name] = made.entry
+        run.times.append((made.started, made.ended))
+        run.progress.advance(made.entry["counts"]["trajectories"])
 
-    def done(part: Path, entry: dict[str, Any]) -> None:
-        writer.record(part.stem, entry)
-        entries[part.name] = entry
-        progress.advance(entry["counts"]["trajectories"])
 
-    if workers <= 1 or len(todo) <= 1:
+def _made(run: _Run, todo: list[Path]) -> Iterator[tuple[Path, MadePart]]:
+    """Make parts, here or in processes, and yield them as they are done."""
+    if run.workers <= 1 or len(todo) <= 1:
         for part in todo:
-            done(part, tokenize_part(part, writer.path / part.name, tokenizer, history))
-        return entries
-    with ProcessPoolExecutor(
-        min(workers, len(todo)),
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.spec,),
-    ) as pool:
-        try:
-            with _interrupts_held():
-                futures: dict[Future[dict[str, Any]], Path] = {
-                    pool.submit(_work, part, writer.path / part.name, history): part
-                    for part in todo
-                }
-            for future in as_completed(futures):
-                done(futures[future], future.result())
-        except BrokenProcessPool:
-            raise BackendError(
-                "a tokenize worker died, most often for lack of memory; choose fewer --workers, "
-                "the same command continues"
-            ) from None
-        except BaseException:
-            for worker in active_children():
-                worker.kill()  # or the pool would first work off all that was submitted
-            raise
-    return entries
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C until the block ends; the processes that it starts never see one."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            target = run.writer.path / part.name
+            yield part, tokenize_part(part, target, run.tokenizer, run.history)
+        return
+    jobs = [(part, run.writer.path / part.name, run.history) for part in todo]
+    arguments = (run.tokenizer.spec, run.tokenizer.encoder.is_fast)
+    for (part, _, _), made in run_jobs(
+        jobs, _work, workers=run.workers, start=_start_worker, start_arguments=arguments
+    ):
+        yield part, made
 
 
 _worker_tokenizer: LoadedTokenizer | None = None
 
 
-def _start_worker(spec: TokenizerSpec) -> None:
-    """Load the tokenizer once a process, and die with the parent, even by kill -9."""
+def _start_worker(spec: TokenizerSpec, fast: bool) -> None:
+    """Load the tokenizer once a process; each process has one core to itself."""
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker_tokenizer = spec.load()
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    _worker_tokenizer = spec.load(fast=fast)
 
 
-def _die_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
-
-
-def _work(part: Path, output: Path, history: History) -> dict[str, Any]:
+def _work(job: tuple[Path, Path, History]) -> MadePart:
     assert _worker_tokenizer is not None
+    part, output, history = job
     return tokenize_part(part, output, _worker_tokenizer, history)
 
 
-def tokenize_part(
-    part: Path, output: Path, tokenizer: LoadedTokenizer, history: History
-) -> dict[str, Any]:
-    """Write the token part of one trajectory part and return its journal entry.
-
-    Memory holds one batch of renderings and one row group, whatever the part's size: with
-    `per-step` history a part's tokens can be fifty times those of its trajectories.
-    """
-    made = _Made()
-    with (
-        atomic_path(output) as temporary,
-        pq.ParquetWriter(temporary, TOKENS, **PARQUET_OPTIONS) as writer,
-    ):
-        for group in _row_groups(_token_rows(part, made, tokenizer, history)):
-            writer.write_table(_table(group))
-    made.counts["rejected"] = len(made.rejected)
-    return {"counts": dict(made.counts), "rejected": made.rejected}
+def _timing(run: _Run, began: float) -> dict[str, float]:
+    """Return how long the parts took, and what came before; all 0 where none was made."""
+    if not run.times:
+        return {"startup_seconds": 0.0, "seconds": 0.0}
+    first = min(started for started, _ in run.times)
+    last = max(ended for _, ended in run.times)
+    return {"startup_seconds": first - began, "seconds": last - first}
 
 
-def _token_rows(
-    part: Path, made: _Made, tokenizer: LoadedTokenizer, history: History
-) -> Iterator[TokenRow]:
-    """Yield the rows of a part in order; what is refused goes into `made`."""
-    batch: list[tuple[Trajectory, Conversation]] = []
-    for trajectory in read_trajectories([part]):
-        made.counts["trajectories"] += 1
-        try:
-            conversations = list(tokenizer.conversations(trajectory, history=history))
-        except FormatError as error:
-            made.rejected.append({"trajectory_id": trajectory.trajectory_id, "reason": str(error)})
-            continue
-        made.counts.update(tokenizer.dropped_fields(trajectory, conversations))
-        for conversation in conversations:
-            batch.append((trajectory, conversation))
-            if len(batch) == BATCH_ROWS:
-                yield from _encoded(batch, made, tokenizer)
-                batch = []
-    yield from _encoded(batch, made, tokenizer)
-
-
-def _encoded(
-    batch: Sequence[tuple[Trajectory, Conversation]], made: _Made, tokenizer: LoadedTokenizer
-) -> Iterator[TokenRow]:
-    encodings = tokenizer.encode([conversation for _, conversation in batch])
-    for (trajectory, conversation), (ids, spans) in zip(batch, encodings, strict=True):
-        made.counts["sequences"] += 1
-        made.counts["tokens"] += len(ids)
-        made.counts["step_tokens"] += sum(end - start for _, start, end in spans)
-        made.counts["control_tokens_as_text"] += len(conversation.rendering.forged)
-        yield TokenRow(
-            trajectory_id=trajectory.trajectory_id,
-            resolved=trajectory.resolved,
-            content_hash=trajectory.content_hash,
-            input_ids=ids,
-            step_spans=spans,
-        )
-
-
-def _row_groups(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
-    group: list[TokenRow] = []
-    num_tokens = 0
-    for row in rows:
-        group.append(row)
-        num_tokens += len(row.input_ids)
-        if len(group) == ROW_GROUP_ROWS or num_tokens >= ROW_GROUP_TOKENS:
-            yield group
-            group, num_tokens = [], 0
-    if group:
-        yield group
-
-
-def _table(rows: list[TokenRow]) -> pa.Table:
-    """Return rows of the `TOKENS` schema, built column by column without Python lists of ids."""
-    lengths = np.array([len(row.input_ids) for row in rows], np.int32)
-    ids = pa.array(np.concatenate([np.empty(0, np.int32), *(row.input_ids for row in rows)]))
-    flat = [span for row in rows for span in row.step_spans]
-    spans = np.array(flat, np.int32).reshape(-1, 3)
-    span_counts = np.array([len(row.step_spans) for row in rows], np.int32)
-    structs = pa.StructArray.from_arrays(
-        [pa.array(spans[:, column]) for column in range(3)], fields=list(SPAN)
-    )
-    columns = [
-        pa.array([row.trajectory_id for row in rows], pa.string()),
-        pa.array([row.resolved for row in rows], pa.bool_()),
-        pa.array([row.content_hash for row in rows], pa.string()),
-        pa.ListArray.from_arrays(_offsets(lengths), ids),
-        pa.ListArray.from_arrays(_offsets(span_counts), structs, type=TOKENS.field(4).type),
-        pa.array(lengths),
-    ]
-    return pa.Table.from_arrays(columns, schema=TOKENS)
-
-
-def _offsets(lengths: "NDArray[np.int32]") -> pa.Array:
-    return pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
-
-
-def _check_template(tokenizer: LoadedTokenizer, parts: list[Path], history: History) -> None:
-    """Try a template on the first trajectories, before anything is written.
+def _check_template(
+    tokenizer: LoadedTokenizer, trajectories: list[Trajectory], history: History
+) -> list[str]:
+    """Try a template on the first trajectories, before anything is written; return the texts.
 
     Raises:
         ConfigError: it rewrites history and `history` is `auto`, or it refuses all of them.
     """
     reasons: list[str] = []
-    checked = 0
-    for trajectory in _first_trajectories(parts):
-        checked += 1
+    texts: list[str] = []
+    for trajectory in trajectories:
         try:
             (whole,) = tokenizer.conversations(trajectory, history="full")
-            rewritten = tokenizer.rewrites_history(trajectory, whole, num_cuts=4)
+            texts.append(whole.rendering.text)
+            rewritten = tokenizer.renderer.rewrites_history(trajectory, whole, num_cuts=4)
         except FormatError as error:
             reasons.append(f"{trajectory.trajectory_id}: {error}")
             continue
@@ -331,9 +259,6 @@ def _check_template(tokenizer: LoadedTokenizer, parts: list[Path], history: Hist
                 "one sequence a step) or --history full (the final rendering, which the model "
                 "never saw in this form)"
             )
-    if checked and len(reasons) == checked:
+    if trajectories and len(reasons) == len(trajectories):
         raise ConfigError(f"the chat template fits none of the trajectories; {reasons[0]}")
-
-
-def _first_trajectories(parts: list[Path]) -> Iterator[Trajectory]:
-    return islice(read_trajectories(parts), CHECKED_TRAJECTORIES)
+    return texts

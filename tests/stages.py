@@ -23,7 +23,8 @@ from srft_prep.labeling import label
 from srft_prep.manifest import Manifest
 from srft_prep.schemas import LABELS, REQUESTS
 from srft_prep.storage import StageWriter, write_table
-from srft_prep.tokens import TokenRow, _table, tokenize
+from srft_prep.token_rows import TokenRow, token_table
+from srft_prep.tokens import tokenize
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import LABELS as NAMES
 from srft_prep.types import Label, Message, Trajectory
@@ -119,7 +120,7 @@ def write_tokens(path: Path, *parts: Sequence[TokenRow]) -> Path:
     with StageWriter.open(path, stage="tokenize", config={}, inputs=[], overwrite=True) as writer:
         names = [f"part-{number:05d}.parquet" for number in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
-            write_table(_table(list(part)), path / name, row_group_rows=2)
+            write_table(token_table(list(part)), path / name, row_group_rows=2)
         counts = {
             "sequences": len(rows),
             "tokens": sum(len(row.input_ids) for row in rows),

@@ -185,8 +185,8 @@ def oracle_ids(tokenizer: Any, trajectory: Trajectory, **options: Any) -> list[i
 
 
 def encoded(tokenizer: LoadedTokenizer, trajectory: Trajectory) -> tuple[list[int], list[Any]]:
-    ((ids, spans),) = tokenizer.encode(list(tokenizer.conversations(trajectory, history="full")))
-    return ids.tolist(), list(spans)
+    (tokens,) = tokenizer.encode(tokenizer.conversations(trajectory, history="full"))
+    return tokens.ids.tolist(), list(tokens.step_spans)
 
 
 def written_text(name: str, message: dict[str, Any]) -> str:
@@ -325,7 +325,7 @@ def test_chatml_without_thoughts_never_rewrites_history(
 ) -> None:
     loaded = ours(name, shared_data)
     (whole,) = loaded.conversations(trajectory, history="auto")
-    assert loaded.rewrites_history(trajectory, whole, num_cuts=100) is None
+    assert loaded.renderer.rewrites_history(trajectory, whole, num_cuts=100) is None
 
 
 # Single cases -------------------------------------------------------------------------------------
@@ -512,12 +512,13 @@ def test_per_step_gives_each_step_what_the_model_saw_and_one_span(
     for step in range(4):
         messages += [thinking(f"act {step}", f"think {step}"), observed("seen", role)]
     trajectory = trajectory_of(*messages)
-    rows = loaded.encode(list(loaded.conversations(trajectory, history="per-step")))
+    rows = loaded.encode(loaded.conversations(trajectory, history="per-step"))
     assert len(rows) == 4
-    for step, (ids, spans) in enumerate(rows):
+    for step, row in enumerate(rows):
+        ids = row.ids
         until = trajectory_of(*messages[: 3 + 2 * step])
         assert ids.tolist() == oracle_ids(tokenizer, until)
-        ((number, start, end),) = spans
+        ((number, start, end),) = row.step_spans
         assert number == step
         written = f"<think>\nthink {step}\n</think>\n\nact {step}{END}"
         assert tokenizer.decode(ids[start:end]) == written
@@ -529,13 +530,14 @@ def test_full_gives_the_final_rendering(shared_data: Path) -> None:
         prompt("x"), thinking("one", "thought one"), observed("y"), thinking("two", "thought two")
     )
     conversations = list(loaded.conversations(trajectory, history="full"))
-    ((ids, spans),) = loaded.encode(conversations)
+    (row,) = loaded.encode(conversations)
+    ids, spans = row.ids, row.step_spans
     assert ids.tolist() == oracle_ids(tokenizer, trajectory)
     assert [tokenizer.decode(ids[start:end]) for _, start, end in spans] == [
         "one" + END,
         "<think>\nthought two\n</think>\n\ntwo" + END,
     ]
-    assert loaded.dropped_fields(trajectory, conversations) == {"dropped_reasoning_content": 1}
+    assert loaded.renderer.findings(trajectory, conversations) == {"dropped_reasoning_content": 1}
 
 
 def test_a_template_whose_turns_do_not_start_with_its_generation_prompt_is_refused(

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from srft_prep.chat import Conversation, LoadedTokenizer, load_backend, load_spec
+from srft_prep.chat import LoadedTokenizer, load_backend, load_spec
 from srft_prep.errors import ConfigError, FormatError
+from srft_prep.history import Conversation
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -119,8 +120,8 @@ class ChatEncoder:
         """Return a prompt's ids and their number."""
         conversation = self._render(system, user)
         if conversation.rendering.forged:
-            ((forged_ids, _),) = self._tokenizer.encode([conversation])
-            ids = forged_ids.tolist()
+            (forged,) = self._tokenizer.encode([conversation])
+            ids = forged.ids.tolist()
         else:  # without offsets: half as fast again
             text = conversation.rendering.text
             backend = self._tokenizer.backend

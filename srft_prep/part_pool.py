@@ -1,0 +1,86 @@
+"""Jobs on parts in processes of their own, which die with their parent.
+
+Every process gets the same set-up once. Results come as they finish. The processes never see a
+Ctrl-C, which is the parent's to handle, and kill themselves when the parent is gone, even by
+kill -9.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, connection, get_context, parent_process
+from typing import Any, TypeVar
+
+from srft_prep.errors import BackendError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    work: Callable[[Job], Result],
+    *,
+    workers: int,
+    start: Callable[..., None],
+    start_arguments: tuple[Any, ...],
+) -> Iterator[tuple[Job, Result]]:
+    """Yield (job, what `work` returned) of every job, in the order in which they finish.
+
+    Args:
+        jobs: what to do; picklable.
+        work: a module-level function.
+        workers: number of processes.
+        start: a module-level function, called once in each process.
+        start_arguments: its arguments; picklable.
+
+    Raises:
+        BackendError: a process died.
+        Exception: whatever a job raised; the others are stopped.
+    """
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=get_context("spawn"),
+        initializer=_start,
+        initargs=(start, start_arguments),
+    ) as pool:
+        try:
+            with _interrupts_held():
+                futures = {pool.submit(work, job): job for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool:
+            raise BackendError(
+                "a worker process died, most often for lack of memory; choose fewer --workers, "
+                "the same command continues"
+            ) from None
+        except BaseException:
+            for worker in active_children():
+                worker.kill()  # or the pool would first work off all that was submitted
+            raise
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C until the block ends; the processes that it starts never see one."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    start(*arguments)
+
+
+def _die_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
