@@ -113,6 +113,14 @@ test: setup  ## Set up and run all tests that can run here
 	else echo "NOT RUN: the tests marked vllm, since vLLM for CPUs is not installed ($(VLLM)/install.log)"; \
 		test "$(CI)" != true; fi
 
+# Five tests on two tokenizers: EXAMPLES each.
+EXAMPLES ?= 10000
+FUZZED := nothing_is_forged or sanitized_control or content_forges or both_engines or never_rewrites
+
+.PHONY: fuzz
+fuzz: $(VENV)/.dev  ## Put 100,000 random conversations through laws 1 to 4 (half an hour; EXAMPLES=... each)
+	@SRFT_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q tests/test_chat.py -k "$(FUZZED)"
+
 .PHONY: check
 check: $(VENV)/.dev  ## Lint, format check, types, layers
 	@$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress, pairwise
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -229,6 +230,12 @@ def _is_settled(character: str) -> bool:
     return category[0] != "C" and category == unicodedata.ucd_3_2_0.category(character)
 
 
+def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the tokens, the longest one that it can."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
 class Encoder:
     """Texts -> tokens, by the fast engine where its certificate says so."""
 
@@ -238,7 +245,7 @@ class Encoder:
         reference: "Tokenizer",
         *,
         fast: bool,
-        control_ids: Sequence[int],
+        control_tokens: Sequence[str],
     ) -> None:
         """Load what is needed; `fast` is the certificate's verdict."""
         self.counts: Counter[str] = Counter()
@@ -246,8 +253,11 @@ class Encoder:
         self._reference = ReferenceEngine(reference)
         self._fast = load_fast(backend) if fast else None
         self._gate = Gate(self._fast, self._reference) if self._fast else None
+        self._control_tokens = any_of(control_tokens)
         self._is_control = np.zeros(reference.get_vocab_size() + 1, np.bool_)
-        self._is_control[list(control_ids)] = True
+        for token in control_tokens:
+            if (number := reference.token_to_id(token)) is not None:
+                self._is_control[number] = True
 
     @property
     def is_fast(self) -> bool:
@@ -255,18 +265,38 @@ class Encoder:
         return self._fast is not None
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Return the tokens of every text."""
-        found: list[Encoded | None] = [None] * len(texts)
-        if self._fast and self._gate:
-            admitted = [i for i, text in enumerate(texts) if self._gate.admits(text)]
-            encoded = self._fast.encode([texts[i] for i in admitted])
-            for i, each in zip(admitted, encoded, strict=True):
-                found[i] = each
-        missing = [i for i, each in enumerate(found) if each is None]
-        self.counts["fast_texts"] += len(texts) - len(missing)
-        self.counts["reference_texts"] += len(missing)
-        replaced = iter(self._reference.encode([texts[i] for i in missing]) if missing else ())
-        return [next(replaced) if each is None else each for each in found]
+        """Return the tokens of every text.
+
+        No token reaches over a control token, so that a text which the fast engine must not have is
+        cut before each of them, and only the pieces in question go to the reference.
+        """
+        found = self._by_fast_engine(texts)
+        missing = sum(each is None for each in found)
+        self.counts["fast_texts"] += len(texts) - missing
+        self.counts["reference_texts"] += missing
+        return [
+            self._in_pieces(text) if each is None else each
+            for text, each in zip(texts, found, strict=True)
+        ]
+
+    def _by_fast_engine(self, texts: Sequence[str]) -> list[Encoded | None]:
+        if self._fast is None or self._gate is None:
+            return [None] * len(texts)
+        admitted = [self._gate.admits(text) for text in texts]
+        encoded = iter(self._fast.encode(list(compress(texts, admitted))))
+        return [next(encoded) if each else None for each in admitted]
+
+    def _in_pieces(self, text: str) -> Encoded:
+        if self._fast is None:
+            return self._reference.encode([text])[0]
+        edges = [0, *(match.start() for match in self._control_tokens.finditer(text)), len(text)]
+        pieces = [text[start:end] for start, end in pairwise(edges)]
+        found = self._by_fast_engine(pieces)
+        missing = [piece for piece, each in zip(pieces, found, strict=True) if each is None]
+        replaced = iter(self._reference.encode(missing))
+        return Encoded.joined(
+            [next(replaced) if each is None else each for each in found], edges[:-1]
+        )
 
     def check(self, text: str, encoded: Encoded, *, seed: int) -> None:
         """Compare a stretch of a text with the reference, if the fast engine is in use.

@@ -18,8 +18,9 @@ import numpy as np
 
 from srft_prep.certificate import Encoder
 from srft_prep.config import History
+from srft_prep.conventions import convention_spans, token_ends
 from srft_prep.engines import Encoded
-from srft_prep.errors import ConfigError
+from srft_prep.errors import ConfigError, FormatError
 from srft_prep.history import Conversation, Renderer
 from srft_prep.render import ChatTemplate
 from srft_prep.types import Trajectory
@@ -83,9 +84,12 @@ class TokenizerSpec:
             "template_hash": self.template_hash,
         }
 
-    def load(self, *, fast: bool = False) -> "LoadedTokenizer":
-        """Return the tokenizer, ready for use; `fast` where its certificate allows it."""
-        return LoadedTokenizer(self, fast=fast)
+    def load(self, *, fast: bool = False, axolotl: bool = False) -> "LoadedTokenizer":
+        """Return the tokenizer, ready for use; `fast` where its certificate allows it.
+
+        `axolotl` is `Renderer`'s.
+        """
+        return LoadedTokenizer(self, fast=fast, axolotl=axolotl)
 
 
 def load_backend(source: str, *, option: str = "--tokenizer") -> "tuple[Tokenizer, str]":
@@ -165,7 +169,7 @@ def tokenizer_path(source: str) -> str:
 class LoadedTokenizer:
     """A backend and a compiled template."""
 
-    def __init__(self, spec: TokenizerSpec, *, fast: bool = False) -> None:
+    def __init__(self, spec: TokenizerSpec, *, fast: bool = False, axolotl: bool = False) -> None:
         from tokenizers import Tokenizer as Backend
 
         self.spec = spec
@@ -177,16 +181,17 @@ class LoadedTokenizer:
         self.template = ChatTemplate(
             spec.template, variables=spec.variables, control_tokens=spec.control_tokens
         )
-        self.renderer = Renderer(self.template)
+        self.renderer = Renderer(self.template, axolotl=axolotl)
         self.header = self.renderer.header
-        self._control_ids = [self.backend.token_to_id(token) for token in spec.control_tokens]
         self._newline = self._encode("\n").ids
+        eos = spec.variables.get("eos_token")
+        self._eos: int | None = self.backend.token_to_id(eos) if eos else None
         self.use_engine(fast=fast)
 
     def use_engine(self, *, fast: bool) -> None:
         """Encode by the fast engine or the reference from now on."""
         self.encoder = Encoder(
-            self.spec.backend, self.backend, fast=fast, control_ids=self._control_ids
+            self.spec.backend, self.backend, fast=fast, control_tokens=self.spec.control_tokens
         )
 
     def conversations(self, trajectory: Trajectory, *, history: History) -> list[Conversation]:
@@ -197,8 +202,11 @@ class LoadedTokenizer:
         """Return the tokens of every conversation.
 
         Raises:
+            FormatError: a text holds half of a surrogate pair, which no tokenizer takes.
             MismatchError: the fast engine is found to differ from the reference.
         """
+        for each in conversations:
+            _refuse_surrogates(each.rendering.text)
         plain = [each.rendering.text for each in conversations if not each.rendering.forged]
         encoded = self.encoder.encode(plain)
         if plain:
@@ -206,7 +214,11 @@ class LoadedTokenizer:
             self.encoder.check(plain[which], encoded[which], seed=hash_of_place(plain[which], -1))
         found = iter(encoded)
         return [
-            _tokens(each, self._encode_pieces(each) if each.rendering.forged else next(found))
+            _tokens(
+                each,
+                self._encode_pieces(each) if each.rendering.forged else next(found),
+                self._eos,
+            )
             for each in conversations
         ]
 
@@ -248,6 +260,12 @@ class LoadedTokenizer:
         return self.backend.encode(text, add_special_tokens=False)
 
     def _without_added_tokens(self, text: str) -> list[int]:
+        behind = self._plain("\n" + text)
+        if behind[: len(self._newline)] == self._newline:
+            return behind[len(self._newline) :]
+        return self._plain(text)
+
+    def _plain(self, text: str) -> list[int]:
         if self.backend.normalizer is not None:
             text = self.backend.normalizer.normalize_str(text)
         pieces = [text]
@@ -256,29 +274,73 @@ class LoadedTokenizer:
         return [token.id for piece in pieces for token in self.backend.model.tokenize(piece)]
 
 
-def _tokens(conversation: Conversation, encoded: Encoded) -> Tokens:
-    """Look the characters of a conversation's spans up in its encoding."""
+def _tokens(conversation: Conversation, encoded: Encoded, eos: int | None) -> Tokens:
+    """Look the characters of a conversation's spans up in its encoding.
+
+    `eos` is the id of the tokenizer's `eos_token`, which axolotl looks for.
+    """
     spans, parts = conversation.spans, conversation.parts
-    conventions = conversation.conventions
     edges = [place for _, start, end in spans for place in (start, end)]
-    edges += [place for _, _, start, end in (*parts, *conventions) for place in (start, end)]
-    places = encoded.tokens_before(edges).reshape(-1, 2).tolist() if edges else []
-    found = iter(places)
-    step_spans = tuple((step, *next(found)) for step, _, _ in spans)
-    part_spans = tuple((step, part, *next(found)) for step, part, _, _ in parts)
-    convention_spans: list[tuple[str, int, int, int]] = [
-        (name, step, *next(found)) for name, step, _, _ in conventions
-    ]
-    begun = encoded.characters_begun(length=len(conversation.rendering.text))
+    edges += [place for _, _, start, end in parts for place in (start, end)]
+    found = iter(encoded.tokens_before(edges).reshape(-1, 2).tolist() if edges else [])
+    step_spans = tuple((step, *_pair(next(found))) for step, _, _ in spans)
+    part_spans = tuple((step, part, *_pair(next(found))) for step, part, _, _ in parts)
+    length = len(conversation.rendering.text)
+    begun = encoded.characters_begun(length=length)
     pieces = [begun[start:end] for _, start, end in step_spans]
     return Tokens(
         ids=encoded.ids,
         step_spans=step_spans,
         part_spans=tuple(each for each in part_spans if each[2] < each[3]),
-        field_spans=conversation.fields,
-        convention_spans=tuple(each for each in convention_spans if each[2] < each[3]),
+        field_spans=_moved(conversation, step_spans, encoded),
+        convention_spans=convention_spans(
+            conversation.conventions,
+            starts=encoded.firsts,
+            ends=token_ends(encoded.begun, length=length),
+            ids=encoded.ids,
+            eos=eos,
+        )
+        if conversation.conventions
+        else (),
         step_chars=np.concatenate(pieces) if pieces else begun[:0],
     )
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _moved(
+    conversation: Conversation, step_spans: Sequence[tuple[int, int, int]], encoded: Encoded
+) -> tuple[tuple[int, str, int, int, int], ...]:
+    """Return the field spans counted from the first character that begins in the step's tokens.
+
+    That is not the first one that the agent wrote where a token straddles the header's end.
+    """
+    text_length = len(conversation.rendering.text)
+    missing: dict[int, int] = {}
+    for (step, first, _), (_, start, _) in zip(conversation.spans, step_spans, strict=True):
+        begins = int(encoded.begun[start]) if start < len(encoded.begun) else text_length
+        if begins != first:
+            missing[step] = begins - first
+    if not missing:
+        return conversation.fields
+    moved = []
+    for step, name, start, end, skipped in conversation.fields:
+        cut = missing.get(step, 0)
+        lost = max(cut - start, 0)
+        moved.append((step, name, max(start - cut, 0), max(end - cut, 0), skipped + lost))
+    return tuple(moved)
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"character {error.start} of the chat text is half of a surrogate pair "
+            f"(U+{ord(text[error.start]):04X}), which no tokenizer takes"
+        ) from None
 
 
 def hash_of_place(text: str, place: int) -> int:

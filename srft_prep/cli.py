@@ -15,10 +15,12 @@ import orjson
 
 from srft_prep import __version__
 from srft_prep.errors import SrftError
+from srft_prep.export_commands import export
 from srft_prep.ingest_commands import ingest
 from srft_prep.label_commands import label
 from srft_prep.options import FOLDER, json_option
-from srft_prep.token_commands import pack, tokenize
+from srft_prep.pack_commands import pack
+from srft_prep.token_commands import tokenize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -30,7 +32,7 @@ def cli() -> None:
     """
 
 
-for stage in (ingest, label, tokenize, pack):
+for stage in (ingest, label, tokenize, pack, export):
     cli.add_command(stage)
 
 

@@ -4,7 +4,7 @@ A stage's configuration goes into its manifest and, with the hashes of its input
 (see `storage`). Paths of outputs, numbers of workers and the like are arguments, not settings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from srft_prep.errors import ConfigError
@@ -12,6 +12,7 @@ from srft_prep.errors import ConfigError
 Overlong = Literal["truncate", "windows", "drop", "error"]
 History = Literal["auto", "full", "per-step"]
 MissingLabel = Literal["drop", "mask", "error"]
+Convention = Literal["srft", "trl", "axolotl"]
 Only = Literal["unresolved", "resolved", "all"]
 Context = Literal["none", "outcome", "patch"]
 
@@ -77,6 +78,8 @@ class TokenizeConfig:
     """SHA-256 of the chat template."""
     history: History = "auto"
     """How templates that rewrite earlier messages are treated."""
+    axolotl: bool = False
+    """Record what axolotl would train also where that takes further renderings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,10 @@ class PackConfig:
     """Which trajectories, and which of them are weighted by their labels."""
     weights: dict[str, float]
     """Weight of a step by its label, each >= 0."""
+    part_weights: dict[str, float] = field(default_factory=dict)
+    """What multiplies the weight of a part of a step; a part that is not named has 1."""
+    convention: Convention = "srft"
+    """Whose rule says which tokens of a turn carry its weight."""
     soft: bool = False
     """Weight a step by the expected weight under its label probabilities."""
     seq_len: int = DEFAULT_SEQ_LEN
@@ -97,6 +104,8 @@ class PackConfig:
     """What happens to a trajectory that the recipe weights by labels and that lacks one."""
     drop_weightless: bool = False
     """Leave out documents without a weighted token: they cost compute and change no gradient."""
+    trim_suffix: bool = False
+    """Leave out what stands behind a document's last weighted token: it changes no gradient."""
     shuffle_seed: int = 0
     """Seed of the order of the packed sequences."""
     shard_tokens: int = 1 << 24

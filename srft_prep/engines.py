@@ -53,6 +53,22 @@ class Encoded:
         np.maximum(firsts[1:], places[:-1, 1], out=begun[1:])
         return cls(ids=np.array(ids, np.int32), firsts=firsts, begun=begun)
 
+    @classmethod
+    def joined(cls, pieces: "Sequence[Encoded]", starts: Sequence[int]) -> Self:
+        """Return the tokens of a text from those of its pieces, which start at these characters."""
+        return cls(
+            ids=np.concatenate([piece.ids for piece in pieces]),
+            firsts=np.concatenate(
+                [
+                    piece.firsts + np.int32(start)
+                    for piece, start in zip(pieces, starts, strict=True)
+                ]
+            ),
+            begun=np.concatenate(
+                [piece.begun + np.int32(start) for piece, start in zip(pieces, starts, strict=True)]
+            ),
+        )
+
     def tokens_before(self, characters: "Sequence[int] | NDArray[Any]") -> "NDArray[np.int64]":
         """Return how many tokens have their first character before each of the characters.
 
@@ -128,7 +144,7 @@ class FastEngine:
         return not self._normalises or unicodedata.is_normalized("NFC", text)
 
     def _located(self, ids: "NDArray[np.int32]", text: str) -> Encoded | None:
-        ends = np.cumsum(self._num_bytes[ids], dtype=np.int32)
+        ends = np.cumsum(np.take(self._num_bytes, ids), dtype=np.int32)
         data = text.encode()
         if (int(ends[-1]) if len(ends) else 0) != len(data):
             return None
@@ -136,10 +152,20 @@ class FastEngine:
         starts[1:] = ends[:-1]
         if len(data) == len(text):
             return Encoded(ids=ids, firsts=starts, begun=starts)
-        begins = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
-        before = np.zeros(len(data) + 1, np.int32)
-        np.cumsum(begins, dtype=np.int32, out=before[1:])
-        return Encoded(ids=ids, firsts=before[starts + 1] - 1, begun=before[starts])
+        within = np.flatnonzero(np.frombuffer(data, np.int8) < -64)  # bytes inside a character
+        return Encoded(
+            ids=ids,
+            firsts=starts - _number_up_to(within, starts, inclusive=True),
+            begun=starts - _number_up_to(within, starts, inclusive=False),
+        )
+
+
+def _number_up_to(
+    places: "NDArray[np.int64]", starts: "NDArray[np.int32]", *, inclusive: bool
+) -> "NDArray[np.int32]":
+    """Return how many of the places lie before each start, or at it, [T]; both are sorted."""
+    first = np.searchsorted(starts, places.astype(np.int32), side="left" if inclusive else "right")
+    return np.cumsum(np.bincount(first, minlength=len(starts) + 1)[:-1], dtype=np.int32)
 
 
 @lru_cache(maxsize=1)

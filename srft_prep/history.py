@@ -1,28 +1,45 @@
-"""A trajectory -> the renderings to train on, and what the template does to its history.
+r"""A trajectory -> the renderings to train on, and what the template does to its history.
 
-The first rendering is the final one, `full`. Where a later message changes what was there, the
-model never saw that text: `auto` refuses it, and `per-step` makes a rendering for every step.
+The final rendering is `full`. Where a later message changes what was there, the model never saw
+that text: `auto` refuses it, and `per-step` trains every step once, in exactly the context that the
+model saw. What the model saw at a step is the rendering of the messages before it with the
+generation prompt; what it wrote is its turn where that is the last one. Step after step is joined
+to one sequence for as long as what the model saw begins with all that the sequence holds up to the
+end of its last step. So a conversation that only grows is one sequence, and one whose thoughts are
+dropped at every question is one sequence a question.
+
+Where the last turn does not begin with the whole of what the model saw (a template that drops
+`<think>\n` at once), its text is put behind what the model saw.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
-import orjson
 
 from srft_prep.config import History
+from srft_prep.conventions import Placeholders, blocks_of_turns
 from srft_prep.errors import FormatError
-from srft_prep.render import (
-    ChatTemplate,
-    Rendering,
-    action_span,
-    template_messages,
-    template_tools,
+from srft_prep.findings import count_findings, missing_fields
+from srft_prep.probes import learn_turns
+from srft_prep.render import ChatTemplate, Rendering, template_messages, template_tools
+from srft_prep.turns import (
+    Turn,
+    TurnForm,
+    as_parts,
+    find_turn,
+    parts_of,
+    place_content,
+    place_reasoning,
 )
 from srft_prep.types import Trajectory
+
+_EARLY_STEPS: Final = (1, 0)
+"""Where every trajectory is checked under `auto`: the first step that follows another, and the one
+before if no step comes after. The context is short there, so that it costs little, and most of the
+trajectory is still to come to change it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,44 +50,73 @@ class Conversation:
     spans: tuple[tuple[int, int, int], ...]
     """(step, start, end), in order."""
     parts: tuple[tuple[int, str, int, int], ...] = ()
-    """(step, part, start, end): a step's parts are disjoint, in order, and cover its span."""
+    """(step, part, start, end): a step's parts are disjoint, in order, and cover its span; none for
+    a step whose tool calls are somewhere in it, nobody knows where."""
     fields: tuple[tuple[int, str, int, int, int], ...] = ()
     """(step, field, start, end, skipped), counted from the start of the step's span."""
     conventions: tuple[tuple[str, int, int, int], ...] = ()
     """(convention, step, start, end): what another tool would train; step -1 for no step."""
+    num_dropped_answers: int = 0
+    """Messages of tools that the template left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryCost:
+    """What `full` and `per-step` make of some trajectories."""
+
+    full_characters: int = 0
+    full_sequences: int = 0
+    per_step_characters: int = 0
+    per_step_sequences: int = 0
+
+    @property
+    def factor(self) -> float:
+        """How many times the text of `full` `per-step` has."""
+        return self.per_step_characters / max(self.full_characters, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chat:
+    """A trajectory as a template gets it."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    actions: list[int]
+    """Index of every step's message."""
 
 
 class Renderer:
-    """A chat template with its assistant header, applied to trajectories."""
+    """A chat template with what it was learnt to write, applied to trajectories."""
 
-    def __init__(self, template: ChatTemplate) -> None:
-        """Find the assistant header.
+    def __init__(self, template: ChatTemplate, *, axolotl: bool = False) -> None:
+        """Learn how the template writes turns.
+
+        Args:
+            template: the template.
+            axolotl: find what axolotl would train also where that takes further renderings.
 
         Raises:
-            ConfigError: the template has no generation prompt.
+            ConfigError: the template cannot be used; it says why.
         """
         self.template = template
-        self.header = template.generation_prompt([{"role": "user", "content": "-"}])
+        self.form: TurnForm = learn_turns(template)
+        self.header = self.form.header
+        self._placeholders = Placeholders(self._rendered)
+        self._asks_axolotl = axolotl or self._placeholders.constant is not None
 
     def conversations(self, trajectory: Trajectory, *, history: History) -> list[Conversation]:
-        """Return the renderings to train on: one, or with `per-step` one a step.
+        """Return the renderings to train on: one, or with `per-step` as many as needed.
 
         Raises:
             FormatError: the template refuses the conversation, or rewrites its history although
                 `history` is `auto`.
         """
-        messages, indices = template_messages(trajectory)
-        tools = template_tools(trajectory)
-        if not messages:
-            raise FormatError("no message of a role that chat templates know")
-        actions = _actions(trajectory, indices)
+        chat = self._chat(trajectory)
         if history == "per-step":
-            return [
-                self._conversation(messages[: position + 1], tools, {step: position})
-                for step, position in enumerate(actions)
-            ]
-        whole = self._conversation(messages, tools, dict(enumerate(actions)))
-        if history == "auto" and (where := self.rewrites_history(trajectory, whole, num_cuts=2)):
+            return self._per_step(chat)
+        whole = self._whole(chat)
+        early = _EARLY_STEPS if len(chat.actions) <= len(_EARLY_STEPS) else _EARLY_STEPS[:1]
+        if history == "auto" and (where := self._rewritten(trajectory, chat, whole, early)):
             raise FormatError(
                 f"the chat template rewrites what was there {where}; use --history per-step or full"
             )
@@ -79,12 +125,11 @@ class Renderer:
     def findings(
         self, trajectory: Trajectory, conversations: Sequence[Conversation]
     ) -> Counter[str]:
-        """Count the steps of which the template left out a field without a word."""
-        return Counter(
-            f"dropped_{name}"
-            for conversation in conversations
-            for _, name in _left_out(trajectory, conversation)
-        )
+        """Count what the template did to the steps, see `findings`."""
+        counts: Counter[str] = Counter()
+        for conversation in conversations:
+            counts.update(count_findings(trajectory, conversation))
+        return counts
 
     def rewrites_history(
         self, trajectory: Trajectory, whole: Conversation, *, num_cuts: int
@@ -95,56 +140,257 @@ class Renderer:
         rendering. Looks at `num_cuts` steps spread over the trajectory, the last and the first
         included, and at the first step of which the whole rendering leaves out a field.
         """
+        chat = self._chat(trajectory)
+        last = len(chat.actions) - 1
+        cuts = np.linspace(last, 0, num=min(num_cuts, last + 1), dtype=int).tolist()
+        return self._rewritten(trajectory, chat, whole, cuts)
+
+    def cost(self, trajectories: Iterable[Trajectory]) -> HistoryCost:
+        """Return what `full` and `per-step` make of a sample, those that are refused left out."""
+        cost = HistoryCost()
+        for trajectory in trajectories:
+            try:
+                full = self.conversations(trajectory, history="full")
+                steps = self.conversations(trajectory, history="per-step")
+            except FormatError:
+                continue
+            cost = HistoryCost(
+                full_characters=cost.full_characters + _num_characters(full),
+                full_sequences=cost.full_sequences + len(full),
+                per_step_characters=cost.per_step_characters + _num_characters(steps),
+                per_step_sequences=cost.per_step_sequences + len(steps),
+            )
+        return cost
+
+    def _chat(self, trajectory: Trajectory) -> _Chat:
         messages, indices = template_messages(trajectory)
-        tools = template_tools(trajectory)
-        actions = _actions(trajectory, indices)
+        if not messages:
+            raise FormatError("no message of a role that chat templates know")
+        kinds = [trajectory.messages[index].kind for index in indices]
+        actions = [index for index, kind in enumerate(kinds) if kind == "action"]
+        if self.form.answers_inside:
+            _refuse_answers(messages, actions)
+        return _Chat(messages=messages, tools=template_tools(trajectory), actions=actions)
+
+    def _render(self, chat: _Chat, until: int, *, prompt: bool = False) -> Rendering:
+        return self._rendered(chat.messages[:until], chat.tools, prompt=prompt)
+
+    def _rendered(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        prompt: bool = False,
+    ) -> Rendering:
+        if self.form.content_is_parts:
+            messages = as_parts(messages)
+        return self.template.render(messages, tools, add_generation_prompt=prompt)
+
+    def _whole(self, chat: _Chat) -> Conversation:
+        rendering = self._render(chat, len(chat.messages))
+        whole = _conversation(self.form, rendering, chat.messages, dict(enumerate(chat.actions)))
+        return replace(whole, conventions=whole.conventions + self._by_axolotl(chat, rendering))
+
+    def _by_axolotl(
+        self, chat: _Chat, rendering: Rendering
+    ) -> tuple[tuple[str, int, int, int], ...]:
+        """Return what axolotl would train; nothing where it would stop at the conversation."""
+        if not self._asks_axolotl:
+            return ()
+        steps = {position: step for step, position in enumerate(chat.actions)}
+        try:
+            turns = self._placeholders.written(rendering, chat.messages, chat.tools, steps=steps)
+        except FormatError:
+            return ()
+        return tuple(("axolotl", *turn) for turn in turns)
+
+    def _turn(self, chat: _Chat, step: int) -> Conversation:
+        """Return a step's turn as it was the last one."""
+        position = chat.actions[step]
+        rendering = self._render(chat, position + 1)
+        messages = chat.messages[: position + 1]
+        return _conversation(self.form, rendering, messages, {step: position})
+
+    def _rewritten(
+        self, trajectory: Trajectory, chat: _Chat, whole: Conversation, cuts: Iterable[int]
+    ) -> str | None:
         text = whole.rendering.text
-        cuts = np.linspace(len(actions) - 1, 0, num=min(num_cuts, len(actions)), dtype=int).tolist()
-        incomplete = (step for step, _ in _left_out(trajectory, whole))
-        for step in dict.fromkeys([*cuts, *islice(incomplete, 1)]):
-            position = actions[step]
+        incomplete = next((step for step, _ in missing_fields(trajectory, whole)), None)
+        steps = [min(cut, len(chat.actions) - 1) for cut in cuts]
+        if incomplete is not None:
+            steps.append(incomplete)
+        for step in dict.fromkeys(steps):
+            position = chat.actions[step] if chat.actions else 0
             if position > 0:
-                seen = self.template.render(messages[:position], tools, add_generation_prompt=True)
+                seen = self._render(chat, position, prompt=True)
                 if not text.startswith(seen.text):
                     return f"before step {step}"
-            if position + 1 < len(messages):
-                wrote = self._conversation(messages[: position + 1], tools, {step: position})
+            if chat.actions and position + 1 < len(chat.messages):
+                wrote = self._turn(chat, step)
                 if not text.startswith(wrote.rendering.text[: wrote.spans[0][2]]):
                     return f"up to the end of step {step}"
         return None
 
-    def _conversation(
-        self, messages: list[dict[str, Any]], tools: Any, actions: dict[int, int]
-    ) -> Conversation:
-        rendering = self.template.render(messages, tools)
-        end = self.template.control_tokens
-        return Conversation(
-            rendering=rendering,
-            spans=tuple(
-                (step, *action_span(rendering, position, header=self.header, end=end))
-                for step, position in actions.items()
-            ),
+    def _per_step(self, chat: _Chat) -> list[Conversation]:
+        sequences: list[Conversation] = []
+        for step, position in enumerate(chat.actions):
+            wrote = self._turn(chat, step)
+            if position > 0:
+                wrote = _behind(self._render(chat, position, prompt=True), wrote, position)
+            last = sequences[-1] if sequences else None
+            start = wrote.spans[0][1]
+            if last is not None and last.spans[-1][2] <= start:
+                held = last.rendering.text[: last.spans[-1][2]]
+                if wrote.rendering.text.startswith(held):
+                    sequences[-1] = _joined(self._continued(chat, last, wrote.rendering), wrote)
+                    continue
+            sequences.append(wrote)
+        if len(sequences) == 1:
+            whole = self._whole(chat)
+            (only,) = sequences
+            held = only.rendering.text[: only.spans[-1][2]]
+            again = self._continued(chat, only, whole.rendering)
+            if whole.rendering.text.startswith(held) and whole.spans == again.spans:
+                return [whole]
+        return sequences
+
+    def _continued(self, chat: _Chat, held: Conversation, rendering: Rendering) -> Conversation:
+        """Return a sequence's steps in a rendering that goes on behind them.
+
+        Where turns have no end of their own, the next turn's first token is now theirs.
+        """
+        if self.form.endings:
+            return held
+        steps = {step: chat.actions[step] for step, _, _ in held.spans}
+        return _conversation(self.form, rendering, chat.messages, steps)
+
+
+def _refuse_answers(messages: list[dict[str, Any]], actions: list[int]) -> None:
+    for position in actions:
+        following = messages[position + 1 : position + 2]
+        if messages[position].get("tool_calls") and following and following[0]["role"] == "tool":
+            raise FormatError(
+                f"message {position}: the chat template writes what the tool answered inside the "
+                "agent's turn, so that the turn has no single span"
+            )
+
+
+def _conversation(
+    form: TurnForm, rendering: Rendering, messages: list[dict[str, Any]], actions: dict[int, int]
+) -> Conversation:
+    """Find the steps of a rendering; `actions` is each step's message."""
+    spans: list[tuple[int, int, int]] = []
+    parts: list[tuple[int, str, int, int]] = []
+    fields: list[tuple[int, str, int, int, int]] = []
+    for step, position in actions.items():
+        after = messages[position - 1]["role"] if position else None
+        turn = find_turn(form, rendering, position, after=after)
+        spans.append((step, turn.start, turn.end))
+        message = messages[position]
+        if form.shows_calls and turn.calls is None and _hides_calls(message, rendering, turn):
+            continue
+        begun = turn.start
+        for part, start, end in parts_of(turn):
+            parts.append((step, part, start, end))
+        for name, start, end, skipped in _fields(form, rendering, turn, message):
+            fields.append((step, name, start - begun, end - begun, skipped))
+    steps = {position: step for step, position in actions.items()}
+    return Conversation(
+        rendering=rendering,
+        spans=tuple(spans),
+        parts=tuple(parts),
+        fields=tuple(fields),
+        conventions=tuple(
+            ("trl", *turn)
+            for turn in blocks_of_turns(rendering.generation, rendering.segments, steps)
         )
+        if rendering.generation
+        else (),
+        num_dropped_answers=_num_dropped_answers(rendering, messages),
+    )
 
 
-def _actions(trajectory: Trajectory, indices: Sequence[int]) -> list[int]:
-    """Return which of the rendered messages are actions; `indices` is their place before."""
-    return [i for i, index in enumerate(indices) if trajectory.messages[index].kind == "action"]
+def _hides_calls(message: dict[str, Any], rendering: Rendering, turn: Turn) -> bool:
+    """Return whether a turn may show calls at a place that no mark tells."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return False
+    return str(calls[0]["function"].get("name")) in rendering.text[turn.start : turn.end]
 
 
-def _left_out(trajectory: Trajectory, conversation: Conversation) -> Iterator[tuple[int, str]]:
-    """Yield (step, field) for every field of an action that is not in its rendering."""
-    for step, start, end in conversation.spans:
-        action = trajectory.steps[step].action
-        written = conversation.rendering.text[start:end]
-        if action.content and action.content.strip() not in written:
-            yield step, "content"
-        if action.reasoning_content and action.reasoning_content.strip() not in written:
-            yield step, "reasoning_content"
-        if action.tool_calls is not None and _first_name(action.tool_calls) not in written:
-            yield step, "tool_calls"
+def _fields(
+    form: TurnForm, rendering: Rendering, turn: Turn, message: dict[str, Any]
+) -> list[tuple[str, int, int, int]]:
+    found: list[tuple[str, int, int, int]] = []
+    limit = turn.thought_end
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    if content and not content.isspace():
+        place = place_content(form, rendering, turn, content)
+        if place is not None:
+            found.append(("content", *place))
+            limit = place[0]
+    if reasoning and not reasoning.isspace():
+        place = place_reasoning(form, rendering, turn, reasoning, limit=limit)
+        if place is not None:
+            found.insert(0, ("reasoning_content", *place))
+    return found
 
 
-def _first_name(tool_calls: str) -> str:
-    name: str = orjson.loads(tool_calls)[0]["function"]["name"]
-    return name
+def _num_dropped_answers(rendering: Rendering, messages: list[dict[str, Any]]) -> int:
+    """Count the messages of tools that are written neither alone nor with the one before."""
+    count, dropped = 0, False
+    for index, message in enumerate(messages):
+        if message["role"] != "tool":
+            continue
+        if not index or messages[index - 1]["role"] != "tool":
+            dropped = index not in rendering.segments
+        count += dropped
+    return count
+
+
+def _behind(seen: Rendering, wrote: Conversation, position: int) -> Conversation:
+    """Return a conversation that begins with what the model saw, followed by what it wrote."""
+    rendering = wrote.rendering
+    if rendering.text.startswith(seen.text):
+        return wrote
+    ((step, start, end),) = wrote.spans
+    shift = len(seen.text) - start
+    stop = rendering.segments[position][1]
+    return replace(
+        wrote,
+        rendering=Rendering(
+            text=seen.text + rendering.text[start : max(stop, end)],
+            segments={**seen.segments, position: (len(seen.text), max(stop, end) + shift)},
+            forged=(
+                *seen.forged,
+                *((a + shift, b + shift) for a, b in rendering.forged if start <= a),
+            ),
+        ),
+        spans=((step, start + shift, end + shift),),
+        parts=tuple((which, part, a + shift, b + shift) for which, part, a, b in wrote.parts),
+        conventions=tuple(
+            (name, which, max(a, start) + shift, b + shift)
+            for name, which, a, b in wrote.conventions
+            if which == step and b > start
+        ),
+    )
+
+
+def _joined(first: Conversation, second: Conversation) -> Conversation:
+    """Return two conversations of which the second begins with all that the first trains."""
+    steps = {step for step, _, _ in (*first.spans, *second.spans)}
+    trained = {step for step, _, _ in second.spans}
+    return replace(
+        second,
+        spans=first.spans + second.spans,
+        parts=first.parts + second.parts,
+        fields=first.fields + second.fields,
+        conventions=(
+            *(each for each in first.conventions if each[1] in steps and each[1] not in trained),
+            *(each for each in second.conventions if each[1] in trained),
+        ),
+    )
+
+
+def _num_characters(conversations: Sequence[Conversation]) -> int:
+    return sum(len(each.rendering.text) for each in conversations)

@@ -67,6 +67,8 @@ def show(
     source = read_manifest(directory).checked()
     if source.stage == "label":
         raise ConfigError(f"{directory}: give the trajectories, and this folder as --labels")
+    if source.stage == "export":
+        raise ConfigError(f"{directory}: is an export; give the shards that it was made from")
     if labels is not None and source.stage != "ingest":
         raise ConfigError(f"--labels: only beside trajectories; {directory} is a {source.stage}")
     if source.stage == "ingest":
@@ -177,10 +179,16 @@ def _show_tokens(source: Manifest, trajectory_id: str, *, full: bool) -> Iterato
         yield f"trajectory  {trajectory_id}", BOLD
         yield f"tokens      {row['num_tokens']}", {}
         yield f"steps       {len(row['step_spans'])}", {}
-        pieces = [
-            _Piece(start=span["start"], end=span["end"], title=f"step {span['step']}", style=style)
-            for span in row["step_spans"]
-        ]
+        parts: dict[int, list[str]] = {}
+        for span in row["part_spans"]:
+            length = span["end"] - span["start"]
+            parts.setdefault(span["step"], []).append(f"{span['part']} {length}")
+        pieces = []
+        for span in row["step_spans"]:
+            title = " | ".join([f"step {span['step']}", ", ".join(parts.get(span["step"], ()))])
+            pieces.append(
+                _Piece(start=span["start"], end=span["end"], title=title.strip(" |"), style=style)
+            )
         yield from _show_pieces(row["input_ids"], pieces, "context", decode, full=full)
 
 
@@ -191,13 +199,17 @@ def _show_packed(source: Manifest, trajectory_id: str, *, full: bool) -> Iterato
         bounds = [0]
         for length in row["seq_lengths"]:
             bounds.append(bounds[-1] + length)
-        for owner, (start, end) in zip(row["trajectory_ids"], pairwise(bounds), strict=True):
+        sums = zip(row["document_sum_weights"], row["trajectory_sum_weights"], strict=True)
+        for owner, (start, end), (of_document, of_all) in zip(
+            row["trajectory_ids"], pairwise(bounds), sums, strict=True
+        ):
             if owner != trajectory_id:
                 continue
             runs = [run for run in row["loss_weights"] if start <= run["start"] < end]
             weighted = sum(run["length"] for run in runs)
             yield f"trajectory  {trajectory_id}", BOLD
             yield f"tokens      {end - start}, {weighted} of them weighted", {}
+            yield f"weights     {of_document:.9g} in sum, {of_all:.9g} in all its documents", {}
             yield f"lies at     {start}-{end} of a packed sequence of {bounds[-1]} tokens", {}
             pieces = [_weighted(run, start) for run in runs]
             ids = row["input_ids"][start:end]

@@ -22,7 +22,7 @@ class Manifest:
     path: Path
     """The stage directory."""
     stage: str
-    """`ingest`, `label`, `tokenize` or `pack`."""
+    """`ingest`, `label`, `tokenize`, `pack` or `export`."""
     data: dict[str, Any]
     """The whole document."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +120,7 @@ _KEYS: Final[dict[Any, tuple[str, ...]]] = {
     "label": ("counts.failures",),
     "tokenize": ("tokenizer.source", "tokenizer.tokenizer_hash", "tokenizer.template_hash"),
     "pack": ("seq_len", "recipe", "tokenizer", "tokenizer_hash", "template_hash"),
+    "export": ("target", "lost_weights"),
 }
 """What later stages read of a manifest, by stage."""
 

@@ -1,35 +1,38 @@
-"""Messages -> chat text, with the place of every action known from the rendering itself.
+"""Messages -> chat text, with the place of every message known from the rendering itself.
 
-The template is compiled once more with marks: its own syntax tree gets an output statement at the
-head of each loop over the messages, and one behind the loop. A mark is a private-use character
+The template is compiled once more with marks in its syntax tree (`marks`). A mark is a character
 that occurs nowhere in the conversation, so that the marks can be taken out again and leave the
 exact text that `apply_chat_template` gives. What lies between a message's mark and the next is
 that message's rendering; no message text is ever searched for.
 
-An action's span runs from behind the assistant header, which is what `add_generation_prompt`
-writes, to the end of the last control token of its rendering, the end of turn. The agent wrote
-neither the header nor what follows the end of turn (a newline, in ChatML).
-
 Control tokens inside a message (`<|im_end|>` in a file that the agent printed) are wrapped in two
 further marks before rendering, so that they can be told from the template's own. They are encoded
 as plain text, piece by piece, as transformers' `sanitize_control_tokens` does.
+
+Templates are untrusted and run in transformers' own sandbox (`sandbox`).
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jinja2
 import orjson
-from jinja2 import nodes
 
+from srft_prep import marks
 from srft_prep.errors import ConfigError, FormatError
+from srft_prep.sandbox import fast_environment
 from srft_prep.types import CHAT_ROLES, Trajectory
 
 _PRIVATE_USE: Final = range(0xF0000, 0xFFFFE)
-_MARK_FUNCTION: Final = "srft_prep_mark"
+_SMALL_MARKS: Final = "".join(map(chr, range(1, 9)))
+"""Control characters that no template strips; text with one of them stays one byte a character."""
+_MAX_PREFIXES: Final = 8
+"""Beyond that many beginnings of control tokens, one regular expression looks for all of them."""
+_MAX_NESTING: Final = 200
+"""Arguments that are nested deeper stay the text that they were: Python's recursion is limited."""
 _REFUSALS: Final = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     RecursionError,  # arguments nested too deeply
@@ -39,22 +42,22 @@ _REFUSALS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendering:
-    """One conversation as chat text."""
+    """One conversation as chat text; all ranges are half-open, of characters."""
 
     text: str
     """The text, free of marks."""
     segments: dict[int, tuple[int, int]]
-    """Message index -> the half-open character range of the message's rendering."""
+    """Message index -> the range of the message's rendering; absent where it wrote nothing."""
     forged: tuple[tuple[int, int], ...]
-    """Character ranges of control tokens that a message holds as text, in order."""
+    """Ranges of control tokens that a message holds as text, in order."""
     calls: dict[int, int] = field(default_factory=dict)
     """Message index -> the character where its tool calls' rendering begins; absent if none."""
     generation: tuple[tuple[int, int], ...] = ()
-    """Character ranges of the template's `{% generation %}` blocks, in order."""
+    """Ranges of the template's `{% generation %}` blocks, in order."""
 
 
 class ChatTemplate:
-    """A chat template, ready to render conversations with marks."""
+    """A chat template, ready to render conversations with marks; not for use by two threads."""
 
     def __init__(
         self, source: str, *, variables: Mapping[str, Any], control_tokens: Sequence[str]
@@ -67,23 +70,28 @@ class ChatTemplate:
             control_tokens: the tokenizer's special tokens, as text.
 
         Raises:
-            ConfigError: the text is no template, or never loops over `messages`.
+            ConfigError: the text is no template, or has no loop that could be over messages.
         """
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
+        self._recorder = _Recorder()
         try:
-            environment = _compile_jinja_template(source).environment
-            marker = _Marker()
-            self._template = environment.from_string(marker.visit(environment.parse(source)))
+            theirs = _compile_jinja_template(source).environment
+            environment = fast_environment(theirs, filters=self._recorder.filters())
+            tree = environment.parse(source)
+            num_loops = marks.add_marks(tree)
+            self._template = environment.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"the chat template is broken, line {error.lineno}: {error}"
             ) from None
-        if not marker.num_loops:
+        if not num_loops:
             raise ConfigError("the chat template has no loop over messages: nothing to train")
-        self._variables = variables
-        longest_first = sorted(control_tokens, key=len, reverse=True)
+        self._variables = dict(variables)
+        longest_first = sorted(filter(None, control_tokens), key=len, reverse=True)
         self.control_tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        prefixes = {token[:2] for token in longest_first}
+        self._prefixes = sorted(prefixes) if len(prefixes) <= _MAX_PREFIXES else None
 
     def render(
         self,
@@ -97,43 +105,35 @@ class ChatTemplate:
         Raises:
             FormatError: the template refuses the conversation (a role that it does not know, say).
         """
-        order: list[int] = []
+        given = [_with_thinking(message) for message in messages]
+        if len(set(map(id, given))) < len(given):
+            given = [dict(message) for message in given]  # marks know a message by its identity
+        wrapping = None
         try:
-            mark, start_forged, end_forged = _unused_characters(messages, tools)
-            wrapped = f"{start_forged}\\g<0>{end_forged}"
-            marked = [
-                _wrap(_with_thinking(message), self.control_tokens, wrapped) for message in messages
-            ]
-            index_of = {id(message): index for index, message in enumerate(marked)}
-
-            def note(message: object) -> str:
-                order.append(index_of.get(id(message), -1))
-                return mark
-
-            text = self._template.render(
-                **self._variables,
-                messages=marked,
-                tools=_wrap(tools, self.control_tokens, wrapped) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{_MARK_FUNCTION: note},
+            texts = "\0".join(_strings(given, tools))
+            if self._may_hold_control_tokens(texts):
+                wrapping = _unused_private(texts)
+                given = _wrap(given, self.control_tokens, wrapping)
+                tools = _wrap(tools, self.control_tokens, wrapping)
+            self._recorder.start(given, _unused(texts))
+            context = self._template.new_context(
+                {
+                    **self._variables,
+                    "messages": given,
+                    "tools": tools or None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
+            pieces = list(self._template.root_render_func(context))
         except _REFUSALS as error:
             raise FormatError(f"the chat template refuses the conversation: {error}") from None
-        return _unmark(text, mark, start_forged, end_forged, order)
+        return self._recorder.rendering(pieces, wrapping)
 
-    def generation_prompt(self, messages: list[dict[str, Any]]) -> str:
-        """Return the assistant header: what `add_generation_prompt` adds to a conversation.
-
-        Raises:
-            ConfigError: the template has no generation prompt.
-        """
-        without = self.render(messages, None).text
-        with_prompt = self.render(messages, None, add_generation_prompt=True).text
-        header = with_prompt.removeprefix(without)
-        if not header or not with_prompt.startswith(without):
-            raise ConfigError("the chat template writes no generation prompt at a prompt's end")
-        return header
+    def _may_hold_control_tokens(self, texts: str) -> bool:
+        if self._prefixes is not None and not any(each in texts for each in self._prefixes):
+            return False
+        return self.control_tokens.search(texts) is not None
 
 
 def template_messages(trajectory: Trajectory) -> tuple[list[dict[str, Any]], list[int]]:
@@ -165,69 +165,144 @@ def template_tools(trajectory: Trajectory) -> list[dict[str, Any]] | None:
     return orjson.loads(trajectory.tools) if trajectory.tools else None
 
 
-def action_span(
-    rendering: Rendering, index: int, *, header: str, end: re.Pattern[str]
-) -> tuple[int, int]:
-    """Return the half-open character range that the agent wrote in one message's rendering.
+class _Recorder:
+    """What the marks in a template call; it knows what the template is at."""
 
-    Raises:
-        FormatError: the rendering does not start with the header, or holds no end of turn.
-    """
-    start, stop = rendering.segments.get(index, (0, 0))
-    segment = rendering.text[start:stop]
-    if not segment.startswith(header):
-        raise FormatError(
-            f"message {index}: the chat template writes an assistant turn that does not start with "
-            f"its generation prompt {header!r}, but {segment[: len(header)]!r}"
+    def filters(self) -> dict[str, Callable[..., str]]:
+        """Return what the marks call, by name."""
+        return {
+            marks.MESSAGE_FILTER: self.message,
+            marks.END_FILTER: self.end,
+            marks.CALLS_FILTER: self.calls,
+            marks.OPEN_FILTER: self.open,
+            marks.CLOSE_FILTER: self.close,
+        }
+
+    def start(self, messages: list[dict[str, Any]], mark: str) -> None:
+        """Begin a rendering."""
+        self._index_of = {id(message): index for index, message in enumerate(messages)}
+        self._with_calls = {
+            index for index, message in enumerate(messages) if message.get("tool_calls")
+        }
+        self._mark = mark
+        self._current: int | None = None
+        self._events: list[tuple[str, int | None]] = []
+
+    def message(self, value: object) -> str:
+        """Return the mark of a loop that is at a message."""
+        index = self._index_of.get(id(value))
+        if index is None:
+            return ""
+        self._current = index
+        self._events.append(("message", index))
+        return self._mark
+
+    @jinja2.pass_context
+    def end(self, _context: object, _value: object) -> str:
+        """Return the mark behind a loop over messages."""
+        if self._current is None:
+            return ""
+        self._current = None
+        self._events.append(("message", None))
+        return self._mark
+
+    @jinja2.pass_context
+    def calls(self, _context: object, _value: object) -> str:
+        """Return the mark where the calls of the message begin."""
+        if self._current not in self._with_calls:
+            return ""
+        self._with_calls.discard(self._current)
+        self._events.append(("calls", self._current))
+        return self._mark
+
+    @jinja2.pass_context
+    def open(self, _context: object, _value: object) -> str:
+        """Return the mark at the head of a generation block."""
+        self._events.append(("open", None))
+        return self._mark
+
+    @jinja2.pass_context
+    def close(self, _context: object, _value: object) -> str:
+        """Return the mark at the end of a generation block."""
+        self._events.append(("close", None))
+        return self._mark
+
+    def rendering(self, pieces: list[str], wrapping: tuple[str, str] | None) -> Rendering:
+        """Take the marks out of what a template wrote and note where they were."""
+        marked = "".join(pieces)
+        parts = marked.split(self._mark)
+        assert len(parts) == len(self._events) + 1, "a template wrote a mark twice or not at all"
+        forged: list[tuple[int, int]] = []
+        position = 0
+        if wrapping is not None:
+            for i, part in enumerate(parts):
+                parts[i], found = _unwrapped(part, wrapping)
+                forged += ((start + position, end + position) for start, end in found)
+                position += len(parts[i])
+            position = 0
+        segments: dict[int, tuple[int, int]] = {}
+        calls: dict[int, int] = {}
+        generation: list[tuple[int, int]] = []
+        current, begun, opened = None, 0, 0
+        for part, (kind, index) in zip(parts, self._events, strict=False):
+            position += len(part)
+            if kind == "message":
+                if current is not None and position > begun:
+                    segments[current] = (begun, position)
+                current, begun = index, position
+            elif kind == "calls":
+                assert index is not None
+                calls[index] = position
+            elif kind == "open":
+                opened = position
+            else:
+                generation.append((opened, position))
+        position += len(parts[-1])
+        if current is not None and position > begun:
+            segments[current] = (begun, position)
+        return Rendering(
+            text="".join(parts),
+            segments=segments,
+            forged=tuple(forged),
+            calls=calls,
+            generation=tuple(generation),
         )
-    forged = set(rendering.forged)
-    ends = [
-        match.end() + start
-        for match in end.finditer(segment, len(header))
-        if (match.start() + start, match.end() + start) not in forged
-    ]
-    if not ends:
-        raise FormatError(f"message {index}: the chat template writes no end of turn")
-    return start + len(header), ends[-1]
 
 
-class _Marker(jinja2.visitor.NodeTransformer):
-    """Adds the marks: at the head of every loop over messages, and behind it."""
-
-    def __init__(self) -> None:
-        self.num_loops = 0
-
-    def visit_For(self, node: nodes.For) -> list[nodes.Node]:
-        self.generic_visit(node)
-        names = [node.iter, *node.iter.find_all(nodes.Name)]
-        over_messages = any(isinstance(n, nodes.Name) and "messages" in n.name for n in names)
-        if not over_messages or not isinstance(node.target, nodes.Name):
-            return [node]
-        self.num_loops += 1
-        node.body.insert(0, _mark_output(nodes.Name(node.target.name, "load")))
-        return [node, _mark_output(nodes.Const(None))]
+def _unused(texts: str) -> str:
+    """Return a character that occurs in none of the texts, a small one if there is one."""
+    small = (char for char in _SMALL_MARKS if char not in texts)
+    return next(small, "") or _unused_private(texts, skip=2)[0]
 
 
-def _mark_output(argument: nodes.Expr) -> nodes.Output:
-    call = nodes.Call(nodes.Name(_MARK_FUNCTION, "load"), [argument], [], None, None)
-    return nodes.Output([call])
+def _unused_private(texts: str, *, skip: int = 0) -> tuple[str, str]:
+    """Return two private-use characters that occur in none of the texts, `skip` left out."""
+    unused = (char for char in map(chr, _PRIVATE_USE) if char not in texts)
+    for _ in range(skip):
+        next(unused)
+    return next(unused), next(unused)
 
 
-def _unused_characters(messages: Any, tools: Any) -> tuple[str, str, str]:
-    """Return three private-use characters that occur in none of the strings."""
-    text = "".join(_strings([messages, tools]))
-    unused = (char for char in map(chr, _PRIVATE_USE) if char not in text)
-    return next(unused), next(unused), next(unused)
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        return [text for pair in value.items() for item in pair for text in _strings(item)]
-    if isinstance(value, list):
-        return [text for item in value for text in _strings(item)]
-    return []
+def _strings(messages: list[dict[str, Any]], tools: Any) -> list[str]:
+    """Return all strings of a conversation, keys of nested values included."""
+    found: list[str] = []
+    pending: list[Any] = [tools] if tools else []
+    for message in messages:
+        for value in message.values():
+            if type(value) is str:
+                found.append(value)
+            else:
+                pending.append(value)
+    while pending:
+        each = pending.pop()
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, dict):
+            pending += each
+            pending += each.values()
+        elif isinstance(each, list | tuple):
+            pending += each
+    return found
 
 
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
@@ -240,44 +315,46 @@ def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
     return {"thinking": message["reasoning_content"], **message}
 
 
-def _wrap(value: Any, pattern: re.Pattern[str], replacement: str) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(replacement, value)
-    if isinstance(value, dict):
-        return {
-            pattern.sub(replacement, key): _wrap(item, pattern, replacement)
-            for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_wrap(item, pattern, replacement) for item in value]
-    return value
+def _wrap(value: Any, pattern: re.Pattern[str], wrapping: tuple[str, str]) -> Any:
+    replacement = f"{wrapping[0]}\\g<0>{wrapping[1]}"
+
+    def wrap(each: Any) -> Any:
+        if isinstance(each, str):
+            return pattern.sub(replacement, each)
+        if isinstance(each, dict):
+            return {pattern.sub(replacement, key): wrap(item) for key, item in each.items()}
+        if isinstance(each, list):
+            return [wrap(item) for item in each]
+        return each
+
+    return wrap(value)
 
 
-def _unmark(
-    marked: str, mark: str, start_forged: str, end_forged: str, order: list[int]
-) -> Rendering:
-    """Take the marks out and note where they were."""
+def _unwrapped(part: str, wrapping: tuple[str, str]) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text without the marks of forged tokens, and where those tokens are.
+
+    A template may cut a message within such a pair. What is left of it becomes an empty range: the
+    text is encoded apart on either side, so that no control token arises where a template joins it.
+    """
+    opening, closing = wrapping
     pieces: list[str] = []
-    segments: dict[int, tuple[int, int]] = {}
     forged: list[tuple[int, int]] = []
-    position = opened = begun = 0
-    current = -1
-    marks = iter(order)
-    for piece in re.split(f"([{mark}{start_forged}{end_forged}])", marked):
-        if piece == mark:
-            if current >= 0 and position > begun:
-                segments[current] = (begun, position)
-            current, begun = next(marks), position
-        elif piece == start_forged:
+    position = 0
+    opened: int | None = None
+    for piece in re.split(f"([{opening}{closing}])", part):
+        if piece == opening:
+            if opened is not None:
+                forged.append((opened, opened))
             opened = position
-        elif piece == end_forged:
-            forged.append((opened, position))
+        elif piece == closing:
+            forged.append((position if opened is None else opened, position))
+            opened = None
         else:
             pieces.append(piece)
             position += len(piece)
-    if current >= 0 and position > begun:
-        segments[current] = (begun, position)
-    return Rendering(text="".join(pieces), segments=segments, forged=tuple(forged))
+    if opened is not None:
+        forged.append((opened, opened))
+    return "".join(pieces), forged
 
 
 def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
@@ -286,17 +363,30 @@ def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)  # not orjson, which turns long integers into floats
-            if isinstance(parsed, dict) and _is_encodable(parsed):
+            if isinstance(parsed, dict) and _is_flat(arguments, parsed) and _is_encodable(parsed):
                 return {**call, "function": {**function, "arguments": parsed}}
         except (ValueError, RecursionError):
             return call
     return call
 
 
+def _is_flat(text: str, value: Any) -> bool:
+    """Return whether a value is nested less than what every template can write."""
+    if text.count("{") + text.count("[") <= _MAX_NESTING:
+        return True
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
+
+
 def _is_encodable(value: Any) -> bool:
     """Return whether no string holds a lone surrogate, which no tokenizer takes."""
     try:
-        "".join(_strings(value)).encode()
+        "".join(_strings([], value)).encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -1,59 +1,35 @@
 """Tokens + labels -> packed, weighted shards.
 
-Three passes. The first reads lengths and spans only and decides everything: which rows the recipe
-takes, the weight of every step, the documents, the packs, their order. The second copies the token
-ids that are needed, once and in order, to a scratch file. The third writes the shards, reading each
-document from the scratch file by its place. Memory holds one part, one shard and some hundred bytes
-a step. The same inputs and settings give the same bytes.
+Three passes. The first reads lengths and spans only and decides everything (`pack_plan`, `layout`).
+The second copies the token ids that are needed to a scratch file, each document to the place where
+its packed sequence will stand. The third writes the shards, reading the scratch file from start to
+end. Memory holds a row group a thread, and some hundred bytes a step. The same inputs and settings
+give the same bytes, with any number of threads. Measured: see benchmarks/RESULTS.md.
 """
 
-import hashlib
-import math
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
 import numpy as np
-import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
+import orjson
 
 from srft_prep.config import PackConfig
-from srft_prep.documents import Document, Run, documents_of
-from srft_prep.errors import ConfigError, LabelError, ShardError
-from srft_prep.judgements import JudgedTrajectory, read_judgements
-from srft_prep.manifest import Manifest, read_manifest
-from srft_prep.packing import best_fit_decreasing
+from srft_prep.errors import ConfigError
+from srft_prep.factors import read_factors
+from srft_prep.judgements import read_judgements
+from srft_prep.layout import Layout, lay_out
+from srft_prep.manifest import Manifest, read_manifest, sha256_of
+from srft_prep.pack_plan import Plan, make_plan
+from srft_prep.packing import lower_bound
 from srft_prep.progress import Progress, Silent
-from srft_prep.schemas import SHARDS
-from srft_prep.storage import StageWriter, write_table
-from srft_prep.types import LABELS
-from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES, step_weights
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-ROW_GROUP_ROWS: Final = 4
-IGNORED: Final = -100
-"""The label of a token that carries no loss, as in every Hugging Face trainer."""
-
-
-@dataclass(slots=True)
-class _Plan:
-    """All decisions of a pack run."""
-
-    documents: list[Document] = field(default_factory=list)
-    trajectory_ids: list[str] = field(default_factory=list)
-    """Of each token row that the recipe takes."""
-    places: list[tuple[int, int]] = field(default_factory=list)
-    """(part, row in part) of each token row that the recipe takes."""
-    labelled_steps: dict[str, set[int]] = field(default_factory=dict)
-    """Steps that a label was looked up for, by trajectory."""
-    counts: Counter[str] = field(default_factory=Counter)
+from srft_prep.ragged import chunks
+from srft_prep.schemas import REJECTED_FILE
+from srft_prep.shard_files import ShardWriter, spill
+from srft_prep.storage import StageWriter
+from srft_prep.token_columns import StepIndex, read_columns
+from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES
 
 
 def pack(
@@ -62,62 +38,109 @@ def pack(
     config: PackConfig,
     *,
     labels: Path | None = None,
+    weight_files: Sequence[Path] = (),
+    workers: int = 1,
     overwrite: bool = False,
     command: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write packed sequences of a token directory to a stage directory and return its manifest.
 
+    Args:
+        tokens: output of `tokenize`.
+        output: directory to write.
+        config: the settings.
+        labels: output of `label`, or a labels file (see `weight_files`).
+        weight_files: files of weights of steps, parts and characters.
+        workers: threads; they change no byte.
+        overwrite: whether what other settings left in `output` may go.
+        command: the command line, for the manifest.
+        progress: what shows how far it is.
+
     Raises:
         ShardError: `tokens` or `labels` is no finished stage output.
         ConfigError: the recipe needs labels and there are none, the label probabilities that
             `soft` needs are missing, or the recipe leaves nothing to train on.
-        LabelError: labels do not fit the tokens.
+        LabelError: labels or weights do not fit the tokens.
     """
     source = read_manifest(tokens, stage="tokenize").checked()
-    recipe = RECIPES[config.recipe]
-    inputs = [source.as_input()]
-    judgements: dict[str, JudgedTrajectory] = {}
-    if not recipe.needs_labels:
-        _refuse_unused_weights(config)
-    else:
-        if labels is None:
-            raise ConfigError(
-                f"--recipe {config.recipe} weights steps by labels: give --labels DIR"
-            )
-        label_source = read_manifest(labels, stage="label").checked()
-        inputs.append(label_source.as_input())
-        judgements = read_judgements(label_source, soft=config.soft)
-    plan = _decide(source, judgements, config)
-    if not plan.documents:
-        raise ConfigError(_nothing_left(config, plan))
+    labels = _needed_labels(config, labels)
+    inputs = [source.as_input(), *([] if labels is None else [_labels_input(labels)])]
+    inputs += [_file_input(path, "weights") for path in weight_files]
+    plan = _read_plan(source, config, labels, weight_files)
     with StageWriter.open(
         output, stage="pack", config=asdict(config), inputs=inputs, overwrite=overwrite
     ) as writer:
         if writer.finished:
             return writer.finished
-        packs = best_fit_decreasing([each.length for each in plan.documents], config.seq_len)
-        order = shuffled(len(packs), config.shuffle_seed)
+        layout = lay_out(plan, seq_len=config.seq_len, seed=config.shuffle_seed)
+        shards = list(chunks(layout.pack_tokens, config.shard_tokens))
+        names = [f"shard-{number:05d}.parquet" for number in range(len(shards))]
         scratch = writer.progress / "input_ids.bin"
-        offsets = _spill(source.parts, plan, scratch)
-        names = _write_shards(
-            [packs[i] for i in order], plan, offsets, scratch, output, config, progress or Silent()
-        )
-        totals = _totals(plan, len(packs), config)
+        spill(plan, layout, scratch, workers=workers)
+        files = ShardWriter(plan=plan, layout=layout, scratch=scratch, seq_len=config.seq_len)
+        todo = [(output / name, packs) for name, packs in zip(names, shards, strict=True)]
+        for first, last in files.write(todo, workers=workers):
+            (progress or Silent()).advance(last - first)
+        totals = _totals(layout, config)
+        described = [{"name": path.name, **layout.totals(*packs)} for path, packs in todo]
         return writer.finish(
             counts={**plan.counts, **totals},
             names=names,
             command=command or [],
-            extra={**_description(source, config), **totals},
+            extra={**_description(source, config), **totals, "shards": described},
         )
 
 
-def _refuse_unused_weights(config: PackConfig) -> None:
+def _needed_labels(config: PackConfig, labels: Path | None) -> Path | None:
+    """Return the labels where the recipe needs some."""
+    if RECIPES[config.recipe].needs_labels:
+        if labels is None:
+            raise ConfigError(
+                f"--recipe {config.recipe} weights steps by labels: give --labels DIR"
+            )
+        return labels
     if config.soft or config.weights != DEFAULT_WEIGHTS:
         raise ConfigError(
             f"--recipe {config.recipe} gives every step weight 1 and reads no labels: leave out "
-            "--weights and --soft, or choose unresolved-masked, srft or srft-all"
+            "--weights of labels and --soft, or choose unresolved-masked, srft or srft-all"
         )
+    return None
+
+
+def _read_plan(
+    source: Manifest, config: PackConfig, labels: Path | None, weight_files: Sequence[Path]
+) -> Plan:
+    columns = read_columns(source.parts)
+    index = StepIndex(columns)
+    rejected = _rejected(source)
+    judgements = None
+    if labels is not None:
+        judgements = read_judgements(labels, columns, index, soft=config.soft, rejected=rejected)
+    factors = [read_factors(path, columns, index, rejected=rejected) for path in weight_files]
+    return make_plan(columns, config, judgements=judgements, factors=factors)
+
+
+def _rejected(source: Manifest) -> frozenset[str]:
+    """Return the trajectories that `tokenize` could not take: their labels have no tokens."""
+    path = source.path / REJECTED_FILE
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return frozenset(orjson.loads(line)["trajectory_id"] for line in lines)
+
+
+def _labels_input(labels: Path) -> dict[str, Any]:
+    if labels.is_dir():
+        return read_manifest(labels, stage="label").checked().as_input()
+    return _file_input(labels, "labels")
+
+
+def _file_input(path: Path, what: str) -> dict[str, Any]:
+    """Return how the manifest names a file of the user's: by content, not by where it lies."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"{path}: expected a {what} file that ends in .jsonl or .parquet")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such {what} file")
+    return {"path": str(path), "file": what, "sha256": sha256_of(path)}
 
 
 def _description(source: Manifest, config: PackConfig) -> dict[str, Any]:
@@ -126,6 +149,8 @@ def _description(source: Manifest, config: PackConfig) -> dict[str, Any]:
     return {
         "recipe": config.recipe,
         "weights": config.weights,
+        "part_weights": config.part_weights,
+        "convention": config.convention,
         "seq_len": config.seq_len,
         "tokenizer": tokenizer["source"],
         "tokenizer_hash": tokenizer["tokenizer_hash"],
@@ -133,247 +158,12 @@ def _description(source: Manifest, config: PackConfig) -> dict[str, Any]:
     }
 
 
-def _decide(source: Manifest, judgements: dict[str, JudgedTrajectory], config: PackConfig) -> _Plan:
-    """Read everything but the token ids and decide what goes into the shards."""
-    plan = _Plan()
-    plan.counts.update(left_out=0, missing_label=0, overlong=0, lost_steps=0, lost_tokens=0)
-    columns = ["trajectory_id", "resolved", "content_hash", "step_spans", "num_tokens"]
-    for part_index, part in enumerate(source.parts):
-        for row_index, row in enumerate(pl.read_parquet(part, columns=columns).iter_rows()):
-            trajectory_id, resolved, content_hash, raw_spans, num_tokens = row
-            spans = [(span["step"], span["start"], span["end"]) for span in raw_spans]
-            weights = _weights_of(
-                trajectory_id, resolved, content_hash, spans, judgements, plan, config
-            )
-            if weights is None:
-                continue
-            if num_tokens == 0:
-                plan.counts["empty"] += 1
-                continue
-            cut = documents_of(
-                len(plan.places),
-                num_tokens,
-                spans,
-                weights,
-                seq_len=config.seq_len,
-                overlong=config.overlong,
-            )
-            _count_overlong(trajectory_id, num_tokens, config, plan)
-            plan.counts["lost_steps"] += cut.num_lost_steps
-            plan.counts["lost_tokens"] += cut.num_lost_tokens
-            kept = [each for each in cut.documents if each.runs or not config.drop_weightless]
-            plan.counts["weightless"] += sum(not each.runs for each in cut.documents)
-            if kept:
-                plan.documents += kept
-                plan.places.append((part_index, row_index))
-                plan.trajectory_ids.append(trajectory_id)
-    _refuse_foreign_labels(plan, judgements)
-    return plan
-
-
-def _refuse_foreign_labels(plan: _Plan, judgements: dict[str, JudgedTrajectory]) -> None:
-    if plan.counts["missing_label"] and not plan.labelled_steps:
-        raise LabelError(
-            f"none of the {plan.counts['missing_label']} trajectories that the recipe weights by "
-            "label has a label: were these labels made for other trajectories, or only for other "
-            "outcomes (label --only all)?"
-        )
-    for trajectory_id, steps in plan.labelled_steps.items():
-        extra = judgements[trajectory_id].by_step.keys() - steps
-        if extra:
-            raise LabelError(
-                f"{trajectory_id}: a label for step {min(extra)}, but the trajectory has the steps "
-                f"0 to {max(steps)}; were these labels made for other trajectories?"
-            )
-
-
-def _weights_of(
-    trajectory_id: str,
-    resolved: bool | None,
-    content_hash: str,
-    spans: Sequence[tuple[int, int, int]],
-    judgements: dict[str, JudgedTrajectory],
-    plan: _Plan,
-    config: PackConfig,
-) -> list[float] | None:
-    """Return a weight for each span, or None where the trajectory is left out."""
-    treatment = RECIPES[config.recipe].treatment(resolved)
-    if treatment == "left out":
-        plan.counts["left_out"] += 1
-        return None
-    if treatment == "whole" or not spans:
-        return step_weights("whole", [], {}, num_steps=len(spans))
-    judged = judgements.get(trajectory_id)
-    if judged is not None and judged.content_hash != content_hash:
-        judged = None  # labels of an earlier version of this trajectory
-        plan.counts["stale_labels"] += 1
-    by_step = judged.by_step if judged else {}
-    if judged:
-        plan.labelled_steps.setdefault(trajectory_id, set()).update(step for step, _, _ in spans)
-    missing = [step for step, _, _ in spans if step not in by_step]
-    if missing:
-        plan.counts["missing_label"] += 1
-        if config.missing_label == "error":
-            raise LabelError(
-                f"{trajectory_id}: no label for step {missing[0]} ({len(missing)} missing); run "
-                "label again, or choose --missing-label drop|mask"
-            )
-        if config.missing_label == "drop":
-            return None
-    present = [by_step[step] for step, _, _ in spans if step in by_step]
-    if config.soft:
-        hard = sum(judgement.probabilities is None for judgement in present)
-        plan.counts["steps_without_probabilities"] += hard
-    known = iter(
-        step_weights(
-            treatment,
-            present,
-            {label: config.weights[label] for label in LABELS},
-            num_steps=len(present),
-            soft=config.soft,
-        )
-    )
-    weights = [next(known) if step in by_step else 0.0 for step, _, _ in spans]
-    return [float(np.float32(weight)) for weight in weights]
-
-
-def _count_overlong(trajectory_id: str, num_tokens: int, config: PackConfig, plan: _Plan) -> None:
-    if num_tokens > config.seq_len:
-        plan.counts["overlong"] += 1
-        if config.overlong == "error":
-            raise ConfigError(
-                f"{trajectory_id}: {num_tokens} tokens, more than --seq-len {config.seq_len}; "
-                "choose --overlong truncate|windows|drop, or a longer --seq-len"
-            )
-
-
-def _nothing_left(config: PackConfig, plan: _Plan) -> str:
-    reasons = ", ".join(f"{count} {name}" for name, count in plan.counts.items() if count)
-    return f"--recipe {config.recipe} leaves no trajectory to pack ({reasons or 'no tokens'})"
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """Return a permutation of range(count) that depends on nothing but count and seed."""
-    return sorted(
-        range(count),
-        key=lambda i: hashlib.blake2b(f"{seed}:{i}".encode(), digest_size=16).digest(),
-    )
-
-
-def _spill(parts: Sequence[Path], plan: _Plan, scratch: Path) -> list[int]:
-    """Copy the ids of all taken rows to the scratch file; return where each row starts."""
-    offsets: list[int] = []
-    position = 0
-    with scratch.open("wb") as file:
-        for part_index, places in groupby(plan.places, key=lambda place: place[0]):
-            lists = pq.read_table(parts[part_index], columns=["input_ids"])[
-                "input_ids"
-            ].combine_chunks()
-            ids = lists.values.to_numpy()
-            starts = lists.offsets.to_numpy()
-            for _, row in places:
-                piece = np.ascontiguousarray(ids[starts[row] : starts[row + 1]], np.int32)
-                file.write(piece.data)
-                offsets.append(position)
-                position += len(piece)
-    return offsets
-
-
-def _write_shards(
-    packs: list[list[int]],
-    plan: _Plan,
-    offsets: list[int],
-    scratch: Path,
-    output: Path,
-    config: PackConfig,
-    progress: Progress,
-) -> list[str]:
-    names: list[str] = []
-    file = os.open(scratch, os.O_RDONLY)
-    try:
-        for chunk in _chunks(packs, plan, config.shard_tokens):
-            names.append(f"shard-{len(names):05d}.parquet")
-            write_table(
-                _shard_table(chunk, plan, offsets, file),
-                output / names[-1],
-                row_group_rows=ROW_GROUP_ROWS,
-            )
-            progress.advance(len(chunk))
-    finally:
-        os.close(file)
-    return names
-
-
-def _chunks(packs: list[list[int]], plan: _Plan, tokens: int) -> Iterator[list[list[int]]]:
-    chunk: list[list[int]] = []
-    size = 0
-    for members in packs:
-        chunk.append(members)
-        size += sum(plan.documents[i].length for i in members)
-        if size >= tokens:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _shard_table(packs: list[list[int]], plan: _Plan, offsets: list[int], file: int) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [] for name in SHARDS.names}
-    for members in packs:
-        documents = [plan.documents[i] for i in members]
-        ids = np.concatenate([_ids_of(document, offsets, file) for document in documents])
-        runs = list(_shifted_runs(documents))
-        columns["input_ids"].append(ids)
-        columns["labels"].append(_labels_of(ids, runs))
-        columns["seq_lengths"].append([document.length for document in documents])
-        columns["loss_weights"].append(
-            [{"start": start, "length": length, "weight": weight} for start, length, weight in runs]
-        )
-        columns["trajectory_ids"].append(
-            [plan.trajectory_ids[document.row] for document in documents]
-        )
-    return pa.Table.from_arrays(
-        [pa.array(columns[field.name], field.type) for field in SHARDS], schema=SHARDS
-    )
-
-
-def _ids_of(document: Document, offsets: list[int], file: int) -> "NDArray[np.int32]":
-    start = (offsets[document.row] + document.start) * 4
-    data = os.pread(file, document.length * 4, start)
-    if len(data) != document.length * 4:
-        raise ShardError("the scratch file of token ids was cut short; run pack again")
-    return np.frombuffer(data, np.int32)
-
-
-def _shifted_runs(documents: list[Document]) -> Iterator[Run]:
-    position = 0
-    for document in documents:
-        for start, length, weight in document.runs:
-            yield position + start, length, weight
-        position += document.length
-
-
-def _labels_of(ids: "NDArray[np.int32]", runs: list[Run]) -> "NDArray[np.int32]":
-    labels = np.full(len(ids), IGNORED, np.int32)
-    for start, length, _ in runs:
-        labels[start : start + length] = ids[start : start + length]
-    return labels
-
-
-def _totals(plan: _Plan, num_packs: int, config: PackConfig) -> dict[str, Any]:
-    """Return the numbers that a trainer plans with; `sum_weights` is the loss's denominator.
-
-    It is the exact sum, rounded once, so that it does not depend on the order of the sequences.
-    """
-    num_tokens = sum(document.length for document in plan.documents)
-    runs = [run for document in plan.documents for run in document.runs]
+def _totals(layout: Layout, config: PackConfig) -> dict[str, Any]:
+    """Return the numbers that a trainer plans with; `sum_weights` is the loss's denominator."""
+    totals: dict[str, Any] = layout.totals(0, layout.num_packs)
     return {
-        "num_sequences": num_packs,
-        "num_documents": len(plan.documents),
-        "num_trajectories": len(set(plan.trajectory_ids)),
-        "num_tokens": num_tokens,
-        "num_loss_tokens": sum(length for _, length, _ in runs),
-        "sum_weights": math.fsum(length * weight for _, length, weight in runs),
-        "fill": num_tokens / (num_packs * config.seq_len),
-        "min_sequences": -(-num_tokens // config.seq_len),
+        **totals,
+        "num_trajectories": len(np.unique(layout.trajectories)),
+        "fill": layout.num_tokens / (layout.num_packs * config.seq_len),
+        "min_sequences": lower_bound(layout.lengths.astype(np.int64), config.seq_len),
     }

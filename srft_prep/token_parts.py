@@ -27,6 +27,8 @@ BATCH_ROWS: Final = 16
 """Conversations encoded together, at most."""
 BATCH_CHARACTERS: Final = 1 << 23
 """Text encoded together, about."""
+_OPTIONS: Final = {**PARQUET_OPTIONS, "compression_level": 1}
+"""Level 3 takes a fifth longer and makes files 4% smaller, which are read once or twice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ def tokenize_part(
     tokenizer.encoder.counts.clear()
     with (
         atomic_path(output) as temporary,
-        pq.ParquetWriter(temporary, TOKENS, **PARQUET_OPTIONS) as writer,
+        pq.ParquetWriter(temporary, TOKENS, **_OPTIONS) as writer,
     ):
         for group in row_groups(_token_rows(part, tally, tokenizer, history)):
             writer.write_table(token_table(group))
@@ -103,6 +105,7 @@ def _encoded(
     for (trajectory, conversation), tokens in zip(batch, encoded, strict=True):
         tally.counts["sequences"] += 1
         tally.counts["tokens"] += len(tokens.ids)
+        tally.counts["steps"] += len(tokens.step_spans)
         tally.counts["step_tokens"] += len(tokens.step_chars)
         tally.counts["control_tokens_as_text"] += len(conversation.rendering.forged)
         yield TokenRow(

@@ -37,8 +37,31 @@ from srft_prep.types import Trajectory
 CHECKED_TRAJECTORIES: Final = 64
 """Trajectories on which template and engine are tried before anything is written."""
 
+CUTS: Final = 4
+"""Steps of each at which the history is looked at."""
+
 _ENGINE: Final = "engine"
 """Key of the journal's note that the fast engine was found to differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tried:
+    """What a template did to the first trajectories."""
+
+    trajectories: list[Trajectory]
+    texts: list[str]
+    """Final renderings of those that it did not refuse."""
+    rewritten: list[str]
+    """Where it rewrites history, for each trajectory in which it does."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry."""
+        return {
+            "trajectories": len(self.trajectories),
+            "refused": len(self.trajectories) - len(self.texts),
+            "rewriting_history": len(self.rewritten),
+            "first": self.rewritten[0] if self.rewritten else None,
+        }
 
 
 @dataclass(slots=True)
@@ -47,7 +70,7 @@ class _Run:
 
     writer: StageWriter
     tokenizer: LoadedTokenizer
-    history: History
+    config: TokenizeConfig
     workers: int
     progress: Progress
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,6 +87,7 @@ def tokenize(
     chat_template: Path | None = None,
     history: History = "auto",
     engine: Engine = "auto",
+    axolotl: bool = False,
     workers: int = 1,
     overwrite: bool = False,
     command: list[str] | None = None,
@@ -82,9 +106,9 @@ def tokenize(
     """
     began = time.monotonic()
     source = read_manifest(trajectories, stage="ingest").checked()
-    loaded, config = _load(tokenizer, chat_template, history, engine)
+    loaded, config = _load(tokenizer, chat_template, history, engine, axolotl=axolotl)
     first = list(islice(read_trajectories(source.parts), CHECKED_TRAJECTORIES))
-    texts = _check_template(loaded, first, history)
+    tried = _check_template(loaded, first, history)
     with StageWriter.open(
         output,
         stage="tokenize",
@@ -97,11 +121,14 @@ def tokenize(
         run = _Run(
             writer=writer,
             tokenizer=loaded,
-            history=history,
+            config=config,
             workers=workers,
             progress=progress or Silent(),
         )
-        certificate = _make_all(run, source.parts, texts, engine)
+        certificate = _certify(run, tried.texts, engine)
+        if history == "per-step":
+            run.progress.say(_cost(run, tried, source.counts["trajectories"]))
+        certificate = _make_all(run, source.parts, certificate, engine)
         names = [part.name for part in source.parts]
         counts: Counter[str] = Counter(sequences=0, tokens=0, step_tokens=0, rejected=0)
         compared: Counter[str] = Counter()
@@ -117,17 +144,23 @@ def tokenize(
             extra={
                 "tokenizer": loaded.spec.describe(),
                 "certificate": certificate.describe(compared),
+                "tried": tried.describe(),
             },
             run=_timing(run, began),
         )
 
 
 def _load(
-    tokenizer: str, chat_template: Path | None, history: History, engine: Engine
+    tokenizer: str,
+    chat_template: Path | None,
+    history: History,
+    engine: Engine,
+    *,
+    axolotl: bool,
 ) -> tuple[LoadedTokenizer, TokenizeConfig]:
     spec = load_spec(tokenizer, chat_template)
     try:
-        loaded = spec.load()
+        loaded = spec.load(axolotl=axolotl)
     except ConfigError as error:
         raise ConfigError(f"{chat_template or tokenizer}: {error}") from None
     if engine == FAST:
@@ -138,13 +171,16 @@ def _load(
                 f"--tokenizer-engine {FAST}: {error}; choose auto, which then takes {REFERENCE}"
             ) from None
     config = TokenizeConfig(
-        tokenizer_hash=spec.tokenizer_hash, template_hash=spec.template_hash, history=history
+        tokenizer_hash=spec.tokenizer_hash,
+        template_hash=spec.template_hash,
+        history=history,
+        axolotl=axolotl,
     )
     return loaded, config
 
 
-def _make_all(run: _Run, parts: list[Path], texts: list[str], engine: Engine) -> Certificate:
-    """Make all parts, with the fast engine if it is exact, and return what was found out."""
+def _certify(run: _Run, texts: list[str], engine: Engine) -> Certificate:
+    """Find out whether the fast engine may be used, and choose the engine."""
     spec = run.tokenizer.spec
     if note := run.writer.entry(_ENGINE):
         certificate = Certificate(exact=False, reason=note["reason"])
@@ -156,8 +192,28 @@ def _make_all(run: _Run, parts: list[Path], texts: list[str], engine: Engine) ->
             control_tokens=spec.control_tokens,
             engine=engine,
         )
+    run.tokenizer.use_engine(fast=certificate.exact)
+    return certificate
+
+
+def _cost(run: _Run, tried: _Tried, num_trajectories: int) -> str:
+    """Return a sentence on what `per-step` costs, reckoned from what was tried."""
+    cost = run.tokenizer.renderer.cost(tried.trajectories)
+    encoded = run.tokenizer.encoder.encode(tried.texts)
+    scale = num_trajectories / max(len(tried.trajectories), 1)
+    full = sum(len(each.ids) for each in encoded) * scale
+    return (
+        f"--history per-step takes about {cost.per_step_sequences * scale:,.0f} sequences of "
+        f"{full * cost.factor:,.0f} tokens in all, {cost.factor:.2f} times those of full "
+        f"(reckoned from {len(tried.trajectories)} of {num_trajectories:,} trajectories)"
+    )
+
+
+def _make_all(
+    run: _Run, parts: list[Path], certificate: Certificate, engine: Engine
+) -> Certificate:
+    """Make all parts, and return what was found out about the engine by the end."""
     try:
-        run.tokenizer.use_engine(fast=certificate.exact)
         _make_missing(run, parts)
     except MismatchError as error:
         if engine == FAST:
@@ -197,10 +253,10 @@ def _made(run: _Run, todo: list[Path]) -> Iterator[tuple[Path, MadePart]]:
     if run.workers <= 1 or len(todo) <= 1:
         for part in todo:
             target = run.writer.path / part.name
-            yield part, tokenize_part(part, target, run.tokenizer, run.history)
+            yield part, tokenize_part(part, target, run.tokenizer, run.config.history)
         return
-    jobs = [(part, run.writer.path / part.name, run.history) for part in todo]
-    arguments = (run.tokenizer.spec, run.tokenizer.encoder.is_fast)
+    jobs = [(part, run.writer.path / part.name, run.config.history) for part in todo]
+    arguments = (run.tokenizer.spec, run.tokenizer.encoder.is_fast, run.config.axolotl)
     for (part, _, _), made in run_jobs(
         jobs, _work, workers=run.workers, start=_start_worker, start_arguments=arguments
     ):
@@ -210,12 +266,12 @@ def _made(run: _Run, todo: list[Path]) -> Iterator[tuple[Path, MadePart]]:
 _worker_tokenizer: LoadedTokenizer | None = None
 
 
-def _start_worker(spec: TokenizerSpec, fast: bool) -> None:
+def _start_worker(spec: TokenizerSpec, fast: bool, axolotl: bool) -> None:
     """Load the tokenizer once a process; each process has one core to itself."""
     global _worker_tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
-    _worker_tokenizer = spec.load(fast=fast)
+    _worker_tokenizer = spec.load(fast=fast, axolotl=axolotl)
 
 
 def _work(job: tuple[Path, Path, History]) -> MadePart:
@@ -235,22 +291,25 @@ def _timing(run: _Run, began: float) -> dict[str, float]:
 
 def _check_template(
     tokenizer: LoadedTokenizer, trajectories: list[Trajectory], history: History
-) -> list[str]:
-    """Try a template on the first trajectories, before anything is written; return the texts.
+) -> _Tried:
+    """Try a template on the first trajectories, before anything is written.
 
     Raises:
         ConfigError: it rewrites history and `history` is `auto`, or it refuses all of them.
     """
     reasons: list[str] = []
     texts: list[str] = []
+    found: list[str] = []
     for trajectory in trajectories:
         try:
             (whole,) = tokenizer.conversations(trajectory, history="full")
             texts.append(whole.rendering.text)
-            rewritten = tokenizer.renderer.rewrites_history(trajectory, whole, num_cuts=4)
+            rewritten = tokenizer.renderer.rewrites_history(trajectory, whole, num_cuts=CUTS)
         except FormatError as error:
             reasons.append(f"{trajectory.trajectory_id}: {error}")
             continue
+        if rewritten:
+            found.append(f"{trajectory.trajectory_id}: {rewritten}")
         if rewritten and history == "auto":
             raise ConfigError(
                 f"the chat template rewrites history: with a later message, what "
@@ -261,4 +320,4 @@ def _check_template(
             )
     if trajectories and len(reasons) == len(trajectories):
         raise ConfigError(f"the chat template fits none of the trajectories; {reasons[0]}")
-    return texts
+    return _Tried(trajectories=trajectories, texts=texts, rewritten=found)

@@ -1,6 +1,7 @@
 """Trajectories as rows of Parquet parts, written whole and read as a stream."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,11 +46,37 @@ def read_trajectories(parts: Sequence[Path]) -> Iterator[Trajectory]:
     for part in parts:
         frames = pl.scan_parquet(part).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
         for frame in frames:
-            yield from map(trajectory_of, frame.iter_rows(named=True))
+            messages = _messages(frame)
+            ends = accumulate(frame["messages"].list.len(), initial=0)
+            rows = frame.drop("messages").iter_rows(named=True)
+            for row, (start, end) in zip(rows, pairwise(ends), strict=True):
+                yield _trajectory(row, messages[start:end])
 
 
 def trajectory_of(row: dict[str, Any]) -> Trajectory:
     """Return the trajectory of one row of a `TRAJECTORIES` table."""
+    return _trajectory(row, [Message(**message) for message in row["messages"]])
+
+
+def _messages(frame: pl.DataFrame) -> list[Message]:
+    """Return the messages of all rows of a table, column by column: half the time of row by row."""
+    flat = frame["messages"].explode(empty_as_null=False).struct.unnest()
+    columns = zip(*(flat[name].to_list() for name in _MESSAGE_FIELDS), strict=True)
+    return [
+        Message(
+            role=role,
+            content=content,
+            reasoning_content=reasoning_content,
+            tool_calls=tool_calls,
+            tool_call_id=tool_call_id,
+            name=name,
+            kind=kind,
+        )
+        for role, content, reasoning_content, tool_calls, tool_call_id, name, kind in columns
+    ]
+
+
+def _trajectory(row: dict[str, Any], messages: Sequence[Message]) -> Trajectory:
     return Trajectory(
         trajectory_id=row["trajectory_id"],
         instance_id=row["instance_id"],
@@ -59,5 +86,5 @@ def trajectory_of(row: dict[str, Any]) -> Trajectory:
         exit_status=row["exit_status"],
         patch=row["patch"],
         tools=row["tools"],
-        messages=tuple(Message(**message) for message in row["messages"]),
+        messages=tuple(messages),
     )

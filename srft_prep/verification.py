@@ -19,13 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srft_prep.config import OUTCOMES
+from srft_prep.judgements import are_distributions
 from srft_prep.manifest import Manifest, read_manifest, sha256_of
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
 from srft_prep.schemas import LABELS_FILE, REQUESTS, REQUESTS_FILE, SHARDS, TOKENS, TRAJECTORIES
-from srft_prep.shards import IGNORED
+from srft_prep.shard_checks import ShardSums
+from srft_prep.shard_files import IGNORED
+from srft_prep.token_checks import check_columns
 from srft_prep.trajectories import trajectory_of
 from srft_prep.types import KINDS, LABELS
-from srft_prep.weights import is_distribution
 
 MAX_PROBLEMS: Final = 100
 """After this many problems of one file its remaining rows are not reported."""
@@ -38,7 +40,7 @@ _TOTALS: Final = {
     "tokenize": ("sequences", "tokens", "step_tokens"),
     "pack": ("num_sequences", "num_documents", "num_tokens", "num_loss_tokens"),
 }
-"""Counts of the manifests that rows add up to."""
+"""Counts of the manifests that rows add up to; of an export the bytes alone are checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +78,8 @@ class _Seen:
     """Those of which one did not fail whose labels count, whatever the votes and the context."""
     failed: dict[str, str] = field(default_factory=dict)
     """Trajectories of which a request failed, with the first reason."""
-    weights: list[float] = field(default_factory=list)
-    """Weight of each run, times its length."""
+    sums: ShardSums = field(default_factory=ShardSums)
+    """Sums of weights."""
 
     def is_new(self, key: Hashable) -> bool:
         """Return whether a key comes for the first time, and remember it."""
@@ -102,7 +104,7 @@ def verify(directory: Path) -> Report:
             continue
         problems += [f"{path}: {problem}" for problem in _check_bytes(path, file)]
         found = _check_lines(path, manifest) if path.suffix == ".jsonl" else iter(())
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" and manifest.stage in _TOTALS:
             found = _check_parquet(manifest, path, file.get("rows"), seen)
         for number, problem in enumerate(found):
             if number == MAX_PROBLEMS:
@@ -165,6 +167,8 @@ def _check_parquet(
                 for row in _rows(file.read_row_group(group)):
                     seen.num_rows += 1
                     yield from _check_row(manifest, path, row, seen)
+            if manifest.stage == "pack":
+                yield from seen.sums.check_file(path.name, file.metadata.metadata or {})
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         yield f"cannot be read: {str(error).splitlines()[0]}"
 
@@ -177,7 +181,7 @@ def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Yield rows as Python values, but lists of integers as arrays: token ids are many."""
     columns = []
     for column in table.columns:
-        if pa.types.is_list(column.type) and column.type.value_type == pa.int32():
+        if pa.types.is_list(column.type) and pa.types.is_integer(column.type.value_type):
             columns.append([value.values.to_numpy() for value in column])
         else:
             columns.append(column.to_pylist())
@@ -191,7 +195,7 @@ def _check_row(manifest: Manifest, path: Path, row: dict[str, Any], seen: _Seen)
     elif manifest.stage == "tokenize":
         yield from _check_tokens(row, seen)
     elif manifest.stage == "pack":
-        yield from _check_packed(row, seen, seq_len=manifest.data["seq_len"])
+        yield from _check_packed(path.name, row, seen, seq_len=manifest.data["seq_len"])
     elif path.name == LABELS_FILE:
         yield from _check_label(row, seen, config=manifest.data["config"])
     else:
@@ -240,7 +244,7 @@ def _check_label(row: dict[str, Any], seen: _Seen, *, config: dict[str, Any]) ->
             yield f"{name}: expected {key} {config.get(key)}, got {row[key]}"
     probabilities = [row[f"p_{label}"] for label in LABELS]
     given = [p for p in probabilities if p is not None]
-    if given and (len(given) < len(LABELS) or not is_distribution(given)):
+    if given and (len(given) < len(LABELS) or not are_distributions(np.array([given])).all()):
         yield f"{name}: expected three probabilities that sum to 1, got {probabilities}"
 
 
@@ -300,9 +304,10 @@ def _check_tokens(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
         if not seen.is_new((name, step)):
             yield f"{name}: step {step} occurs twice"
         position, last_step = end, step
+    yield from (f"{name}: {problem}" for problem in check_columns(row))
 
 
-def _check_packed(row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator[str]:
+def _check_packed(file: str, row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator[str]:
     ids, labels, lengths = row["input_ids"], row["labels"], row["seq_lengths"]
     owners = row["trajectory_ids"]
     name = f"sequence with {owners[0] if owners else 'nothing'}"
@@ -324,7 +329,6 @@ def _check_packed(row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator
     position = 0
     for run in row["loss_weights"]:
         start, end, weight = run["start"], run["start"] + run["length"], run["weight"]
-        seen.weights.append(weight * run["length"])
         if not 0 < weight < math.inf:
             yield f"{name}: run {start}-{end} has weight {weight}, expected a finite one > 0"
         if not position <= start < end <= len(ids):
@@ -337,6 +341,7 @@ def _check_packed(row: dict[str, Any], seen: _Seen, *, seq_len: int) -> Iterator
         position = end
     if not np.array_equal(expected, labels):
         yield f"{name}: labels are not the ids where the weight is > 0 and {IGNORED} elsewhere"
+    yield from (f"{name}: {problem}" for problem in seen.sums.add(file, row))
 
 
 def _check_totals(manifest: Manifest, seen: _Seen) -> Iterator[str]:
@@ -344,13 +349,15 @@ def _check_totals(manifest: Manifest, seen: _Seen) -> Iterator[str]:
 
     `sum_weights` is the exact sum, rounded once (see `shards`), and so compares exactly too.
     """
-    totals: dict[str, Any] = {name: seen.totals[name] for name in _TOTALS[manifest.stage]}
+    totals: dict[str, Any] = {name: seen.totals[name] for name in _TOTALS.get(manifest.stage, ())}
     totals |= {name: dict(values) for name, values in seen.by_value.items()}
     if manifest.stage == "pack":
         room = totals["num_sequences"] * manifest.data["seq_len"]
         totals["num_trajectories"] = len(seen.ids)
-        totals["sum_weights"] = math.fsum(seen.weights)
+        totals["sum_weights"] = seen.sums.sum_weights()
         totals["fill"] = totals["num_tokens"] / room if room else None
+        yield from seen.sums.check_trajectories()
+        yield from seen.sums.check_manifest(manifest)
     for name, found in totals.items():
         for place in (manifest.counts, manifest.data):
             if name in place and place[name] != found:

@@ -1,4 +1,4 @@
-"""Labels -> step weights, and the recipes of the paper's six training sets: pure functions.
+"""The recipes of the paper's six training sets, and the weights that a user names.
 
     recipe             resolved   unresolved   unknown     in the paper (Tables 2, 4 and 5)
     naive              1          1            1           naive distillation
@@ -16,7 +16,6 @@ in no set that is defined by its outcome.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -30,6 +29,12 @@ MAX_WEIGHT: Final = 3.4028234663852886e38
 
 DEFAULT_WEIGHTS: Final[dict[Label, float]] = {"good": 1.0, "unnecessary": 1.0, "harmful": 0.0}
 """The paper's: good and unnecessary steps are productive, harmful ones are not trained."""
+
+PARTS: Final = ("thought", "tool_call", "end_of_turn")
+"""Parts of a step, in their order; each has weight 1 unless said otherwise."""
+
+FIELDS: Final = ("content", "reasoning_content")
+"""Fields of a message whose characters can be weighted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,72 +67,30 @@ RECIPES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepJudgement:
-    """What a critic said of one step, as far as weights need it."""
-
-    label: Label
-    probabilities: tuple[float, float, float] | None = None
-    """Of good, unnecessary, harmful."""
-
-
-def is_distribution(probabilities: Sequence[float]) -> bool:
-    """Return whether probabilities lie in [0, 1] and sum to 1 within 0.001 (they are float32)."""
-    return all(0 <= p <= 1 for p in probabilities) and abs(math.fsum(probabilities) - 1) <= 1e-3
-
-
-def step_weight(
-    judgement: StepJudgement, weights: Mapping[Label, float], *, soft: bool = False
-) -> float:
-    """Return the weight of a step; with `soft` the expected weight under the probabilities.
-
-    A step without probabilities is weighted by its label also with `soft`.
-    """
-    if not soft or judgement.probabilities is None:
-        return weights[judgement.label]
-    return math.fsum(
-        weights[label] * probability
-        for label, probability in zip(LABELS, judgement.probabilities, strict=True)
-    )
-
-
-def step_weights(
-    treatment: Treatment,
-    judgements: Sequence[StepJudgement],
-    weights: Mapping[Label, float],
-    *,
-    num_steps: int,
-    soft: bool = False,
-) -> list[float]:
-    """Return the weights of a trajectory's steps, [num_steps]."""
-    if treatment == "whole":
-        return [1.0] * num_steps
-    assert len(judgements) == num_steps
-    return [step_weight(judgement, weights, soft=soft) for judgement in judgements]
-
-
-def parse_weights(text: str) -> dict[Label, float]:
+def parse_weights(*texts: str) -> dict[str, float]:
     """Return the weights of `good=1,unnecessary=1,harmful=0`; labels left out keep the default.
 
+    Parts of a step may be named beside labels (`thought=0.5`); one that is not has no entry.
+
     Raises:
-        ConfigError: an unknown label, one given twice, or a weight that is no finite float32 >= 0.
+        ConfigError: an unknown name, one given twice, or a weight that is no finite float32 >= 0.
     """
-    weights = dict(DEFAULT_WEIGHTS)
-    given: set[Label] = set()
-    for item in text.split(","):
+    given: dict[str, float] = {}
+    for item in (item for text in texts for item in text.split(",")):
         name, _, number = (part.strip() for part in item.partition("="))
         try:
             weight = float(number)
         except ValueError:
             weight = math.nan
-        label = next((label for label in LABELS if label == name), None)
-        if label is None or not 0 <= weight <= MAX_WEIGHT:
+        if name not in (*LABELS, *PARTS) or not 0 <= weight <= MAX_WEIGHT:
             raise ConfigError(
-                f"--weights: expected label=number with a label of {', '.join(LABELS)} and a "
-                f"finite number >= 0, got {item.strip()!r}"
+                f"--weights: expected label=number with a label of {', '.join(LABELS)} (or a part "
+                f"of {', '.join(PARTS)}) and a finite number >= 0, or a file that ends in .jsonl "
+                f"or .parquet, got {item.strip()!r}"
             )
-        if label in given:
-            raise ConfigError(f"--weights: expected each label once, got {label} again")
-        given.add(label)
-        weights[label] = weight + 0.0  # -0 becomes 0
-    return weights
+        if name in given:
+            kind = "label" if name in LABELS else "part"
+            raise ConfigError(f"--weights: expected each {kind} once, got {name} again")
+        given[name] = weight + 0.0  # -0 becomes 0
+    defaults = {str(label): weight for label, weight in DEFAULT_WEIGHTS.items()}
+    return defaults | {name: given[name] for name in (*LABELS, *PARTS) if name in given}

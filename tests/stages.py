@@ -96,11 +96,24 @@ def write_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> Path:
 
 def token_row(owner: Trajectory, *, gap: int = 4, step_tokens: int = 6) -> TokenRow:
     """Return tokens of a trajectory: `gap` of context before each step of `step_tokens`, and one
-    after the last; the ids are those of no other trajectory, as far as possible."""
+    after the last; the ids are those of no other trajectory, as far as possible. A token begins 3
+    characters; the first half of a step is its thought, all of which, but for 2 characters that
+    the template stripped and one before it, is the message's content."""
     spans = tuple(
         (step, step * (gap + step_tokens) + gap, (step + 1) * (gap + step_tokens))
         for step in range(owner.num_steps)
     )
+    thought = step_tokens // 2
+    cuts = [
+        (step, part, start, end)
+        for step, first, last in spans
+        for part, start, end in (
+            ("thought", first, first + thought),
+            ("tool_call", first + thought, last - 1),
+            ("end_of_turn", max(first, last - 1), last),
+        )
+        if start < end
+    ]
     length = owner.num_steps * (gap + step_tokens) + 1
     first = int(owner.content_hash[:5], 16)
     ids = np.arange(first, first + length, dtype=np.int32)
@@ -110,6 +123,12 @@ def token_row(owner: Trajectory, *, gap: int = 4, step_tokens: int = 6) -> Token
         content_hash=owner.content_hash,
         input_ids=ids,
         step_spans=spans,
+        part_spans=tuple(cuts),
+        field_spans=tuple((step, "content", 1, 3 * thought, 2) for step in range(len(spans))),
+        convention_spans=tuple(
+            ("axolotl", step, max(start - 1, 0), end) for step, start, end in spans
+        ),
+        step_chars=np.full(step_tokens * owner.num_steps, 3, np.int16),
     )
 
 

@@ -96,7 +96,7 @@ def test_the_gate_trusts_a_rare_character_only_after_trying_it() -> None:
 
 def test_texts_behind_the_gate_are_encoded_by_the_reference() -> None:
     buggy = swapped("\u00f0", "\u0141")
-    encoder = Encoder(buggy, loaded(backend()), fast=True, control_ids=[])
+    encoder = Encoder(buggy, loaded(backend()), fast=True, control_tokens=CONTROL)
     texts = ["plain", "a \U0001f9ff"]
     theirs = ReferenceEngine(loaded(backend())).encode(texts)
     assert [each.ids.tolist() for each in encoder.encode(texts)] == [
@@ -105,15 +105,30 @@ def test_texts_behind_the_gate_are_encoded_by_the_reference() -> None:
     assert encoder.counts == {"fast_texts": 1, "reference_texts": 1}
 
 
+def test_only_the_pieces_in_question_go_to_the_reference(shared_data: Path) -> None:
+    source = shared_data / "tokenizers" / "qwen2.5-coder-instruct"
+    spec = load_spec(str(source))
+    encoder, reference = spec.load(fast=True).encoder, spec.load().encoder
+    texts = [
+        f"{START}user\ncafe\u0301 \u212b{END}\n{START}assistant\nd'accord \U0001f642{END}\n",
+        f"e\u0301{START}{END}\u0301 x\u0338{END}",
+        "no control token, cafe\u0301",
+    ]
+    for ours, theirs in zip(encoder.encode(texts), reference.encode(texts), strict=True):
+        assert ours.ids.tolist() == theirs.ids.tolist()
+        assert ours.firsts.tolist() == theirs.firsts.tolist()
+        assert ours.begun.tolist() == theirs.begun.tolist()
+    assert encoder.counts == {"fast_texts": 0, "reference_texts": 3}
+
+
 def test_a_check_during_the_run_finds_a_wrong_token() -> None:
     reference = loaded(backend())
-    control = [reference.token_to_id(token) for token in CONTROL]
-    encoder = Encoder(swapped("e", "a"), reference, fast=True, control_ids=control)
+    encoder = Encoder(swapped("e", "a"), reference, fast=True, control_tokens=CONTROL)
     text = f"{START}user\nee{END}\n"
     (encoded,) = encoder.encode([text])
     with pytest.raises(MismatchError, match="--tokenizer-engine tokenizers"):
         encoder.check(text, encoded, seed=0)
-    right = Encoder(backend(), reference, fast=True, control_ids=control)
+    right = Encoder(backend(), reference, fast=True, control_tokens=CONTROL)
     (encoded,) = right.encode([text])
     for seed in range(10):
         right.check(text, encoded, seed=seed)

@@ -1,11 +1,16 @@
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from srft_prep.config import Overlong
-from srft_prep.documents import Cut, Document, documents_of
+from srft_prep.documents import Documents, cut_rows
+from srft_prep.ragged import offsets_of
+from srft_prep.runs import weighted_runs
+from srft_prep.token_weights import Segments
 from tests import strategies
 from tests.strategies import Spans
 
@@ -17,9 +22,74 @@ seq_lens = st.integers(1, 120)
 each_overlong = pytest.mark.parametrize("overlong", ["truncate", "windows", "drop", "error"])
 
 
+@dataclass(frozen=True)
+class Document:
+    """A document as one object."""
+
+    row: int
+    start: int
+    end: int
+    runs: tuple[tuple[int, int, float], ...]
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of a row."""
+
+    documents: tuple[Document, ...]
+    num_lost_steps: int = 0
+    num_lost_tokens: int = 0
+
+
+def spans_of(*rows: Row) -> tuple[Any, Any, Any]:
+    """Offsets of the steps of rows, their first tokens and those behind them."""
+    spans = np.array([span for _, spans, _ in rows for span in spans], np.int32).reshape(-1, 3)
+    return offsets_of(np.array([len(spans) for _, spans, _ in rows])), spans[:, 1], spans[:, 2]
+
+
+def documents_of(rows: list[Row], taken: list[int], seq_len: int, overlong: Overlong) -> Documents:
+    return cut_rows(
+        np.array(taken, np.int64),
+        np.array([num_tokens for num_tokens, _, _ in rows], np.int32),
+        spans_of(*rows),
+        seq_len=seq_len,
+        overlong=overlong,
+    )
+
+
 def cut(row: Row, seq_len: int, overlong: Overlong) -> Cut:
-    num_tokens, spans, weights = row
-    return documents_of(7, num_tokens, spans, weights, seq_len=seq_len, overlong=overlong)
+    """Documents of a row that stands at place 7, behind rows that are not taken."""
+    filler: Row = (50, [(0, 3, 5)], [1.0])
+    rows = [*[filler] * 7, row, filler]
+    documents = documents_of(rows, [7], seq_len, overlong)
+    offsets, starts, ends = spans_of(*rows)
+    num_steps = len(starts)
+    segments = Segments(
+        rows=np.repeat(np.arange(9, dtype=np.int32), np.diff(offsets)),
+        spans=np.arange(num_steps),
+        starts=starts,
+        ends=ends,
+        weights=np.array([weight for _, _, weights in rows for weight in weights]),
+    )
+    ours = segments.select(segments.rows == 7)
+    runs, lost = weighted_runs(ours, documents, num_steps=num_steps)
+    found = list(
+        zip(runs.starts.tolist(), runs.lengths.tolist(), runs.weights.tolist(), strict=True)
+    )
+    return Cut(
+        documents=tuple(
+            Document(row, start, end, tuple(found[runs.offsets[i] : runs.offsets[i + 1]]))
+            for i, (row, start, end) in enumerate(
+                zip(documents.rows, documents.starts, documents.ends, strict=True)
+            )
+        ),
+        num_lost_steps=lost["lost_steps"],
+        num_lost_tokens=lost["lost_tokens"],
+    )
 
 
 def weights_by_token(document: Document) -> dict[int, float]:
@@ -32,12 +102,13 @@ def weights_by_token(document: Document) -> dict[int, float]:
     return found
 
 
-def expected_weights(row: Row) -> dict[int, float]:
+def expected_weights(row: Row, *, first: int = 1) -> dict[int, float]:
+    """Weight of each weighted token of the row, by its place; nothing predicts the first one."""
     _, spans, weights = row
     return {
         place: weight
         for (_, start, end), weight in zip(spans, weights, strict=True)
-        for place in range(start, end)
+        for place in range(max(start, first), end)
         if weight > 0
     }
 
@@ -66,7 +137,7 @@ def test_documents_are_runs_of_whole_steps_within_their_bounds(
         places = weights_by_token(document)
         assert places.items() <= expected.items(), "a weight that no step has"
         for _, start, end in row[1]:
-            inside = [place in places for place in range(start, end)]
+            inside = [place in places for place in range(max(start, 1), end)]
             assert all(inside) or not any(inside), "half a step is trained"
 
 
@@ -77,7 +148,31 @@ def test_a_row_that_fits_is_one_document_whatever_is_asked(overlong: Overlong, r
     [document] = result.documents
     assert (document.start, document.end) == (0, row[0])
     assert weights_by_token(document) == expected_weights(row)
-    assert (result.num_lost_steps, result.num_lost_tokens) == (0, 0)
+    assert result.num_lost_steps == 0
+
+
+@given(st.lists(rows, max_size=6), seq_lens, st.data())
+@each_overlong
+def test_rows_are_cut_together_as_each_is_alone(
+    overlong: Overlong, rows: list[Row], seq_len: int, data: Any
+) -> None:
+    taken = [i for i in range(len(rows)) if data.draw(st.booleans())]
+    together = documents_of(rows, taken, seq_len, overlong)
+    alone = [documents_of([rows[i]], [0], seq_len, overlong) for i in taken]
+    places = spans_of(*rows)[0]
+    for name in ("starts", "ends"):
+        assert getattr(together, name).tolist() == [
+            value for each in alone for value in getattr(each, name).tolist()
+        ]
+    for name in ("first_steps", "last_steps"):
+        assert getattr(together, name).tolist() == [
+            places[i] + value
+            for i, each in zip(taken, alone, strict=True)
+            for value in getattr(each, name).tolist()
+        ]
+    assert together.rows.tolist() == [
+        i for i, each in zip(taken, alone, strict=True) for _ in each.rows
+    ]
 
 
 @given(rows, seq_lens)
@@ -87,10 +182,15 @@ def test_lost_steps_and_tokens_are_those_that_no_document_trains(
 ) -> None:
     result = cut(row, seq_len, overlong)
     trained = {place for each in result.documents for place in weights_by_token(each)}
-    lost = expected_weights(row).keys() - trained
-    assert result.num_lost_tokens == len(lost)
-    touched = [step for step, start, end in row[1] if lost & set(range(start, end))]
-    assert result.num_lost_steps == len(touched)
+    weighted = expected_weights(row, first=0).keys()
+    assert result.num_lost_tokens == len(weighted - trained)
+    shown = {0} if any(each.start == 0 for each in result.documents) else set()
+    untouched = [
+        step
+        for step, start, end in row[1]
+        if weighted & set(range(start, end)) and not (trained | shown) & set(range(start, end))
+    ]
+    assert result.num_lost_steps == len(untouched)
 
 
 @given(rows, seq_lens)
@@ -191,9 +291,7 @@ def test_an_observation_longer_than_a_window_shows_its_end() -> None:
 @pytest.mark.parametrize("spans", [[], [(0, 0, 0)], [(0, 60, 60), (1, 99, 99)]])
 def test_a_long_row_without_a_token_of_a_step_makes_no_document(spans: Spans) -> None:
     for overlong in ("truncate", "windows"):
-        assert cut((99, spans, [1.0] * len(spans)), SEQ_LEN, overlong) == Cut(
-            documents=(), num_lost_steps=0, num_lost_tokens=0
-        )
+        assert cut((99, spans, [1.0] * len(spans)), SEQ_LEN, overlong) == Cut(documents=())
 
 
 def test_an_empty_step_behind_a_longer_one_makes_no_window() -> None:

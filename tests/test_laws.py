@@ -338,6 +338,71 @@ def test_spans_are_the_generation_marks_of_trl(
         assert spans == adjusted, name
 
 
+def written_from(truth: Truth, step: int, tokenizer: Any) -> tuple[str, int]:
+    """What the agent wrote at a step, and how many of its first characters the header forced.
+
+    These are in the token that holds the header's newline: newlines, in this vocabulary.
+    """
+    written = [m for m, kind in zip(truth.messages, truth.kinds, strict=True) if kind == "action"]
+    header = tokenizer.decode(truth.ids[truth.spans[step][0] - 3 : truth.spans[step][0]])
+    return written_text(written[step]), len(header) - len(HEADER)
+
+
+def test_parts_cover_each_step_and_are_what_they_are_called(
+    truths: dict[str, Truth], tokens: dict[str, dict[str, Any]], tokenizer: Any
+) -> None:
+    num_calls = 0
+    for name, truth in truths.items():
+        row = tokens[name]
+        parts: dict[int, list[dict[str, Any]]] = {}
+        for part in row["part_spans"]:
+            parts.setdefault(part["step"], []).append(part)
+        written = [
+            m for m, kind in zip(truth.messages, truth.kinds, strict=True) if kind == "action"
+        ]
+        for step, (start, end) in enumerate(truth.spans):
+            of_step = parts[step]
+            edges = [start, *(part["end"] for part in of_step)]
+            assert [part["start"] for part in of_step] == edges[:-1], name
+            assert edges[-1] == end, name
+            assert of_step[-1]["part"] == "end_of_turn"
+            assert tokenizer.decode(row["input_ids"][of_step[-1]["start"] : end]) == END
+            called = bool(written[step].get("tool_calls"))
+            assert called == any(part["part"] == "tool_call" for part in of_step), name
+            if called:
+                (call,) = (part for part in of_step if part["part"] == "tool_call")
+                text = tokenizer.decode(row["input_ids"][call["start"] : call["end"]])
+                assert text.lstrip().startswith("<tool_call>"), name
+                assert text.endswith("</tool_call>"), name
+                num_calls += 1
+    assert num_calls > 1000
+
+
+def test_characters_and_fields_lead_from_a_message_to_its_tokens(
+    truths: dict[str, Truth], tokens: dict[str, dict[str, Any]], tokenizer: Any
+) -> None:
+    num_fields = 0
+    for name, truth in truths.items():
+        row, position = tokens[name], 0
+        fields = {(f["step"], f["field"]): f for f in row["field_spans"]}
+        written = [
+            m for m, kind in zip(truth.messages, truth.kinds, strict=True) if kind == "action"
+        ]
+        for step, (start, end) in enumerate(truth.spans):
+            text, forced = written_from(truth, step, tokenizer)
+            begun = row["step_chars"][position : position + end - start]
+            position += end - start
+            assert sum(begun) == len(text) - forced, name
+            content = written[step].get("content")
+            if not content:
+                continue
+            span = fields[step, "content"]
+            assert text[forced + span["start"] : forced + span["end"]] == content[span["skipped"] :]
+            num_fields += 1
+        assert position == len(row["step_chars"])
+    assert num_fields > 4000
+
+
 def documents_in(shards: Path) -> list[tuple[str, Any, Any, Any]]:
     """(trajectory, ids, labels, weights of the tokens) of every document of all shards."""
     documents = []
@@ -411,6 +476,19 @@ def test_under_srft_harmful_steps_stay_as_context_and_resolved_runs_count_whole(
                 assert (weights[start:end] == (0 if harmful else 1)).all()
     assert num_harmful > 50
     assert num_harmful_in_resolved > 0
+
+
+def test_recipes_differ_in_weights_and_membership_alone(
+    stages: Stages, truths: dict[str, Truth]
+) -> None:
+    """All six come from one `tokenize`: the ids of a trajectory are the same in all of them."""
+    ids_of: dict[str, list[int]] = {}
+    for recipe, shards in stages.shards.items():
+        inputs = manifest_of(shards)["inputs"]
+        assert inputs[0]["sha256"] == manifest_of(stages.shards["naive"])["inputs"][0]["sha256"]
+        for name, ids, _, _ in documents_in(shards):
+            assert ids_of.setdefault(name, ids.tolist()) == ids.tolist(), (recipe, name)
+    assert len(ids_of) > 150
 
 
 def plain_best_fit_decreasing(lengths: list[int]) -> int:

@@ -1,7 +1,7 @@
-"""Rendering with marks: the same text as without them, and spans where the markers say.
+"""Rendering with marks: the same text as without them, and what the marks say.
 
 The templates are some eighty real ones. `render_jinja_template` of transformers is the oracle for
-the text; the generation markers of TRL's training templates are the oracle for the spans.
+the text and for the generation blocks. Spans are compared in `test_templates`.
 """
 
 import json
@@ -13,23 +13,14 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from srft_prep.errors import ConfigError, FormatError
-from srft_prep.render import ChatTemplate, action_span, template_messages, template_tools
+from srft_prep.history import Renderer
+from srft_prep.render import ChatTemplate, template_messages, template_tools
 from srft_prep.types import Message, Trajectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATES = REPOSITORY.parent / "shared" / "data" / "templates"
 ALL = sorted(str(path.relative_to(TEMPLATES)) for path in TEMPLATES.rglob("*.jinja"))
 MARKED = [name for name in ALL if name.endswith("_training.jinja")]
-
-AGREE = {
-    f"trl/{name}_training.jinja"
-    for name in (
-        *("cohere", "cohere2", "gemma", "gemma3", "glm4moe", "gptoss", "lfm2", "llama3"),
-        *("qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6"),
-        *("qwen3_instruct_2507", "qwen3_vl"),
-    )
-}
-"""Templates that must give spans; the others may refuse, with a reason, but give no wrong one."""
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 CONTROL = re.compile(
@@ -90,13 +81,6 @@ def unmarked(source: str, messages: list[dict[str, Any]], *, blocks: bool = Fals
     return (text, marks[0]) if blocks else text
 
 
-def joined(blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Marked blocks, neighbours as one: gpt-oss marks a thought and the answer apart."""
-    starts = {start for start, _ in blocks}
-    ends = {end for _, end in blocks}
-    return list(zip(sorted(starts - ends), sorted(ends - starts), strict=True))
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_marks_never_change_what_a_template_writes(name: str, shared_data: Path) -> None:
     source = (shared_data / "templates" / name).read_text(encoding="utf-8")
@@ -111,36 +95,69 @@ def test_marks_never_change_what_a_template_writes(name: str, shared_data: Path)
 
 
 @pytest.mark.parametrize("name", MARKED)
-def test_spans_agree_with_generation_markers_or_are_refused(name: str, shared_data: Path) -> None:
-    """A marked block is our span, with what the generation prompt forces and what follows the end.
-
-    Some markers take in the end of the header (`<think>\\n` in Qwen3.5, all of it in gpt-oss), and
-    many the newline behind the end of turn; the agent wrote neither.
-    """
+def test_generation_blocks_are_where_transformers_finds_them(name: str, shared_data: Path) -> None:
     source = (shared_data / "templates" / name).read_text(encoding="utf-8")
     template = compiled(source)
-    num_agreed = 0
     for messages in CONVERSATIONS.values():
         rendered = unmarked(source, messages, blocks=True)
-        if rendered is None:
-            continue
-        text, blocks = rendered
-        try:
-            header = template.generation_prompt(PLAIN[:1])
-            rendering = template.render(messages, None)
-            spans = [
-                action_span(rendering, index, header=header, end=template.control_tokens)
-                for index, message in enumerate(messages)
-                if message["role"] == "assistant"
-            ]
-        except (ConfigError, FormatError):
-            continue
-        for (start, end), (begin, stop) in zip(spans, joined(blocks), strict=True):
-            assert header.endswith(text[begin:start])
-            assert text[end:stop].strip() == ""
-            assert begin <= start < end <= stop
-            num_agreed += 1
-    assert num_agreed >= 6 or name not in AGREE
+        if rendered is not None:
+            assert list(template.render(messages, None).generation) == rendered[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "openings"),
+    [
+        ("trl/qwen2_5", ["\n<tool_call>", "\n<tool_call>"]),
+        ("from_tokenizer_configs/kimi-k2", ["<|tool_calls_section_begin|>"] * 2),
+        ("trl/gptoss", ["<|start|>assistant to=functions.bash"] * 2),
+        ("trl/lfm2_2_5", ["<|tool_call_start|>["] * 2),
+        ("llama.cpp/mistralai-Mistral-Nemo-Instruct-2407", ["[TOOL_CALLS][{"] * 2),
+        ("trl/deepseekv3_training", ["<\uff5ctool▁calls▁begin", "\n<\uff5ctool▁call▁begin"]),
+        ("trl/cohere", []),
+    ],
+)
+def test_calls_begin_with_the_words_that_open_them(
+    name: str, openings: list[str], shared_data: Path
+) -> None:
+    source = (shared_data / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    conversation = WITH_TOOLS if openings else PLAIN
+    rendering = compiled(source).render(conversation, None)
+    assert len(rendering.calls) == len(openings)
+    for opening, place in zip(openings, rendering.calls.values(), strict=True):
+        assert rendering.text.startswith(opening, place)
+
+
+def test_a_mark_within_an_expression_stands_between_content_and_calls() -> None:
+    template = compiled(
+        "{% for m in messages %}{{ '<a>' + m.content + '[CALLS]' + m.tool_calls[0].function.name }}"
+        "{% endfor %}"
+    )
+    rendering = template.render([WITH_TOOLS[1]], None)
+    assert rendering.text[rendering.calls[0] :] == "[CALLS]bash"
+    assert rendering.text == "<a>one[CALLS]bash"
+
+
+def test_loops_within_macros_do_not_cut_a_message() -> None:
+    template = compiled(
+        "{% macro count(ms) %}{% for x in ms %}{{ x.role[0] }}{% endfor %}{% endmacro %}"
+        "{% for m in messages %}<{{ count(messages) }}:{{ m.content }}>{% endfor %}"
+    )
+    rendering = template.render(PLAIN[:2], None)
+    assert rendering.text == "<ua:hi><ua: one\n>"
+    assert [rendering.text[start:end] for start, end in rendering.segments.values()] == [
+        "<ua:hi>",
+        "<ua: one\n>",
+    ]
+
+
+def test_messages_are_known_by_identity_whatever_the_loop_is_called() -> None:
+    template = compiled(
+        "{% set rest = messages[1:] %}{{ messages[0].content }}|"
+        "{% for turn in rest | list %}{{ turn.content }}{% endfor %}|"
+    )
+    twice = {"role": "user", "content": "same"}
+    rendering = template.render([twice, twice, twice], None)
+    assert rendering.segments == {1: (5, 9), 2: (9, 13)}
 
 
 def test_control_tokens_of_messages_are_told_from_the_templates_own(shared_data: Path) -> None:
@@ -182,12 +199,14 @@ def test_marks_avoid_characters_that_occur_anywhere_in_the_conversation() -> Non
         ("{% for message in messages %}", "the chat template is broken, line 1"),
         ("\n\n{{ messages | no_such_filter }}", "the chat template is broken, line 3"),
         ("<s>{{ messages[0].content }}", "has no loop over messages"),
-        ("{% for x in tools %}{{ x }}{% endfor %}", "has no loop over messages"),
+        ("{% for x in tools or [] %}{{ x }}{% endfor %}", "has no loop over messages"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "shows nothing of what an assistant"),
+        ("{% for m in messages %}{{ m.role + nothing }}{% endfor %}", "'nothing' is undefined"),
     ],
 )
 def test_a_broken_template_is_one_clear_sentence(source: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as raised:
-        compiled(source)
+        Renderer(compiled(source))
     assert "\n" not in str(raised.value)
 
 
@@ -213,39 +232,17 @@ def test_whatever_a_template_raises_is_a_refusal_of_that_conversation(expression
         template.render([{"role": "user", "content": "x", **extra}], None)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for m in messages %}{{ m.content }}{% endfor %}",
-        "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'x' if not add_generation_prompt }}",
-    ],
-)
-def test_a_template_without_a_generation_prompt_cannot_be_used(source: str) -> None:
-    with pytest.raises(ConfigError, match="writes no generation prompt"):
-        compiled(source).generation_prompt([{"role": "user", "content": "-"}])
-
-
-def test_an_assistant_turn_without_header_or_end_has_no_span() -> None:
-    source = (
-        "{% for m in messages %}{{ m.role if loop.first else '<a>' }}{{ m.content }}{% endfor %}"
-        "{{ '<a>' if add_generation_prompt }}"
+def test_a_pair_of_marks_that_a_template_cuts_leaves_a_place_where_the_text_is_encoded_apart() -> (
+    None
+):
+    template = compiled(
+        "{% for m in messages %}{% for p in m.content.split('<cut>') %}{{ p }}{% endfor %}"
+        "{% endfor %}",
+        "<cut>",
     )
-    template = compiled(source, "<e>")
-    turns = [{"role": "assistant", "content": "<e>"} for _ in range(2)]
-    rendering = template.render(turns, None)
-    with pytest.raises(FormatError, match="does not start with its generation prompt '<a>'"):
-        action_span(rendering, 0, header="<a>", end=template.control_tokens)
-    with pytest.raises(FormatError, match="message 1: the chat template writes no end of turn"):
-        action_span(rendering, 1, header="<a>", end=template.control_tokens)
-    with pytest.raises(FormatError, match="does not start with"):
-        action_span(rendering, 2, header="<a>", end=template.control_tokens)
-
-
-def test_a_control_token_that_the_agent_printed_ends_no_turn() -> None:
-    template = compiled("{% for m in messages %}<a>{{ m.content }}{% endfor %}", "<a>", "<e>")
-    rendering = template.render([{"role": "assistant", "content": "hello <e>"}], None)
-    with pytest.raises(FormatError, match="writes no end of turn"):
-        action_span(rendering, 0, header="<a>", end=template.control_tokens)
+    rendering = template.render([{"role": "user", "content": "<|im_<cut>end|>"}], None)
+    assert rendering.text == "<|im_end|>"
+    assert rendering.forged == ((5, 5),)
 
 
 def test_templates_are_given_chat_messages_without_null_fields() -> None:

@@ -1,5 +1,7 @@
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError, LabelError
 from srft_prep.manifest import Manifest
 from srft_prep.schemas import SHARDS
-from srft_prep.shards import IGNORED, ROW_GROUP_ROWS, pack, shuffled
-from srft_prep.tokens import tokenize
+from srft_prep.shard_files import IGNORED, ROW_GROUP_ROWS, SUM_KEY
+from srft_prep.shards import pack
+from srft_prep.token_rows import TokenRow
 from srft_prep.types import Label, Trajectory
 from srft_prep.verification import verify
 from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES
@@ -155,6 +158,7 @@ def test_a_recipe_takes_its_trajectories_whole_and_weights_them_by_its_rule(
 def test_the_recipes_of_the_examples_differ_in_weights_and_membership_only(
     examples: Examples, tmp_path: Path
 ) -> None:
+    written = {path: path.stat().st_mtime_ns for path in examples.tokens.iterdir()}
     token_ids = {
         row["trajectory_id"]: row["input_ids"]
         for part in examples.tokens.glob("part-*.parquet")
@@ -170,6 +174,7 @@ def test_the_recipes_of_the_examples_differ_in_weights_and_membership_only(
         }
         assert verify(tmp_path / recipe).problems == ()
         seen[recipe] = found
+    assert {path: path.stat().st_mtime_ns for path in examples.tokens.iterdir()} == written
     assert seen["rft"].keys() | seen["unresolved"].keys() == seen["naive"].keys()
     assert seen["unresolved"].keys() == seen["unresolved-masked"].keys()
     naive, srft, both = seen["naive"], seen["srft"], seen["srft-all"]
@@ -223,14 +228,14 @@ def test_another_seed_permutes_the_sequences_and_nothing_else(
     assert Counter(zero) == Counter(one)
 
 
-@given(st.integers(0, 200), st.integers())
-def test_an_order_is_a_permutation_that_depends_on_count_and_seed(count: int, seed: int) -> None:
-    assert sorted(shuffled(count, seed)) == list(range(count))
-    assert shuffled(count, seed) == shuffled(count, seed)
-
-
-def test_the_order_is_the_same_on_every_machine() -> None:
-    assert shuffled(8, 0) == [6, 4, 5, 2, 3, 1, 7, 0]
+def test_the_number_of_threads_changes_no_byte(tokens: Path, labels: Path, tmp_path: Path) -> None:
+    one, two = (
+        pack(tokens, tmp_path / f"{n}", config(shard_tokens=32), labels=labels, workers=n)
+        for n in (1, 3)
+    )
+    assert len(one.parts) > 1
+    assert one.files == two.files
+    assert [part.read_bytes() for part in one.parts] == [part.read_bytes() for part in two.parts]
 
 
 def without_step(rows: list[dict[str, Any]], name: str, step: int) -> list[dict[str, Any]]:
@@ -431,6 +436,54 @@ def test_totals_of_the_manifest_are_what_the_files_hold(examples: Examples, tmp_
     assert len(manifest.data["tokenizer_hash"]) == len(manifest.data["template_hash"]) == 64
 
 
+def fraction_sums(manifest: Manifest) -> dict[str, Fraction]:
+    """The sum of the weights of each trajectory, without any rounding."""
+    sums: dict[str, Fraction] = {}
+    for row in rows_of(manifest):
+        bounds = np.cumsum([0, *row["seq_lengths"]]).tolist()
+        for name, (start, end) in zip(row["trajectory_ids"], pairwise(bounds), strict=True):
+            runs = [run for run in row["loss_weights"] if start <= run["start"] < end]
+            products = [run["length"] * Fraction(run["weight"]) for run in runs]
+            sums[name] = sums.get(name, Fraction()) + sum(products, start=Fraction())
+    return sums
+
+
+def test_sums_of_weights_are_exact_and_rounded_once_at_every_level(
+    examples: Examples, tmp_path: Path
+) -> None:
+    weights = {"good": 0.1, "unnecessary": 1e-9, "harmful": 1e9}
+    settings = config(
+        seq_len=1500, overlong="windows", weights=weights, recipe="srft-all", shard_tokens=20_000
+    )
+    manifest = pack(examples.tokens, tmp_path / "shards", settings, labels=examples.labels)
+    assert len(manifest.parts) > 2
+    sums = fraction_sums(manifest)
+    for row in rows_of(manifest):
+        products = [run["length"] * Fraction(run["weight"]) for run in row["loss_weights"]]
+        assert row["sum_weights"] == float(sum(products))
+        assert math.fsum(row["document_sum_weights"]) == pytest.approx(row["sum_weights"])
+        for name, total in zip(row["trajectory_ids"], row["trajectory_sum_weights"], strict=True):
+            assert total == float(sums[name])
+    assert manifest.data["sum_weights"] == float(sum(sums.values()))
+    for part, told in zip(manifest.parts, manifest.data["shards"], strict=True):
+        runs = pl.read_parquet(part)["loss_weights"].explode().drop_nulls().to_list()
+        total = float(sum(run["length"] * Fraction(run["weight"]) for run in runs))
+        assert told["name"] == part.name
+        assert told["sum_weights"] == total
+        assert float(pq.read_metadata(part).metadata[SUM_KEY.encode()]) == total
+    assert verify(tmp_path / "shards").problems == ()
+
+
+def test_a_documents_first_token_never_carries_weight(tmp_path: Path) -> None:
+    """A trainer shifts labels by one: it would be predicted from the document before."""
+    rows = [token_row(trajectory(name), gap=0) for name in ("one", "two")]
+    tokens = write_tokens(tmp_path / "tokens", rows)
+    manifest = pack(tokens, tmp_path / "shards", config(recipe="naive"))
+    assert packed(manifest)["two"][1] == [0.0, *[1.0] * 17, 0.0]
+    assert manifest.counts["lost_tokens"] == 2
+    assert verify(tmp_path / "shards").problems == ()
+
+
 def test_windows_of_a_trajectory_train_each_weighted_step_once(
     examples: Examples, tmp_path: Path
 ) -> None:
@@ -451,17 +504,40 @@ def test_windows_of_a_trajectory_train_each_weighted_step_once(
 
 
 def test_one_sequence_a_step_gives_the_same_weights_and_counts_trajectories_once(
-    examples: Examples, tmp_path: Path
+    tokens: Path, labels: Path, tmp_path: Path
 ) -> None:
-    tokens = tmp_path / "tokens"
-    tokenize(examples.trajectories, tokens, tokenizer="example", history="per-step")
-    manifest = pack(tokens, tmp_path / "shards", config(seq_len=4096), labels=examples.labels)
-    whole = pack(examples.tokens, tmp_path / "whole", config(seq_len=4096), labels=examples.labels)
-    assert manifest.counts["num_documents"] == 161
+    """Token rows as `--history per-step` makes them: each with all that came before its step."""
+    rows = []
+    for run in RUNS:
+        whole = token_row(run)
+        for place, (step, start, end) in enumerate(whole.step_spans):
+            rows.append(
+                TokenRow(
+                    trajectory_id=run.trajectory_id,
+                    resolved=run.resolved,
+                    content_hash=run.content_hash,
+                    input_ids=whole.input_ids[:end],
+                    step_spans=((step, start, end),),
+                    part_spans=tuple(part for part in whole.part_spans if part[0] == step),
+                    step_chars=whole.step_chars[6 * place : 6 * place + 6],
+                )
+            )
+    by_step = write_tokens(tmp_path / "by-step", rows[:5], rows[5:])
+    assert verify(by_step).problems == ()
+    manifest = pack(by_step, tmp_path / "shards", config(), labels=labels)
+    expected = pack(tokens, tmp_path / "whole", config(), labels=labels)
+    assert manifest.counts["num_documents"] == len(rows) > len(RUNS)
     for name in ("num_trajectories", "num_loss_tokens", "sum_weights"):
-        assert manifest.counts[name] == whole.counts[name]
-    for folder in ("tokens", "shards"):
-        assert verify(tmp_path / folder).problems == ()
+        assert manifest.counts[name] == expected.counts[name]
+    sums = {
+        name: total
+        for row in rows_of(expected)
+        for name, total in zip(row["trajectory_ids"], row["trajectory_sum_weights"], strict=True)
+    }
+    for row in rows_of(manifest):
+        for name, total in zip(row["trajectory_ids"], row["trajectory_sum_weights"], strict=True):
+            assert total == sums[name]
+    assert verify(tmp_path / "shards").problems == ()
 
 
 def test_overlong_error_names_the_trajectory_and_writes_nothing(
@@ -507,6 +583,39 @@ def test_weights_are_refused_where_no_step_is_weighted_by_its_label(
     for change in ({"soft": True}, {"weights": {"good": 1.0, "unnecessary": 1.0, "harmful": 0.5}}):
         with pytest.raises(ConfigError, match="gives every step weight 1"):
             pack(tokens, tmp_path / "shards", config(recipe="naive", **change))
+
+
+def test_lost_steps_are_told_with_what_helps(tokens: Path, tmp_path: Path) -> None:
+    args = ("pack", tokens, "--recipe", "naive", "-o")
+    cut = srft_prep(*args, tmp_path / "cut", "--seq-len", 31)
+    assert "1 steps with 6 weighted tokens are lost: they lie behind the cut" in cut.stderr
+    windows = srft_prep(*args, tmp_path / "w", "--seq-len", 31, "--overlong", "windows")
+    assert windows.stderr == ""
+    tight = srft_prep(*args, tmp_path / "t", "--seq-len", 6, "--overlong", "windows")
+    assert tight.status == 2
+    long = trajectory("long", num_steps=1)
+    mixed = [token_row(long, step_tokens=40), token_row(RUNS[0])]
+    args = ("pack", write_tokens(tmp_path / "mixed", mixed), *args[2:])
+    some = srft_prep(*args, tmp_path / "s", "--seq-len", 31, "--overlong", "windows")
+    assert "1 steps with 40 weighted tokens are lost: each alone is longer than" in some.stderr
+
+
+def test_what_stands_behind_the_last_weighted_token_can_be_left_out(
+    tokens: Path, labels: Path, tmp_path: Path
+) -> None:
+    whole = pack(tokens, tmp_path / "whole", config(), labels=labels)
+    trimmed = pack(tokens, tmp_path / "trimmed", config(trim_suffix=True), labels=labels)
+    before, after = packed(whole), packed(trimmed)
+    assert after.keys() == before.keys() - {"hopeless"}
+    for name, (ids, weights, _) in after.items():
+        assert weights[-1] > 0
+        assert ids == before[name][0][: len(ids)]
+        assert [*weights, *[0.0] * (len(before[name][0]) - len(ids))] == before[name][1]
+    saved = whole.counts["num_tokens"] - trimmed.counts["num_tokens"]
+    assert trimmed.counts["trimmed_tokens"] == saved > 0
+    assert trimmed.counts["weightless"] == 1
+    assert trimmed.counts["sum_weights"] == whole.counts["sum_weights"]
+    assert verify(tmp_path / "trimmed").problems == ()
 
 
 def test_documents_without_a_weighted_token_can_be_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from srft_prep.config import PackConfig
 from srft_prep.manifest import describe_file
 from srft_prep.schemas import LABELS, REQUESTS, SHARDS, TOKENS, TRAJECTORIES
 from srft_prep.shards import pack
-from srft_prep.storage import write_table
+from srft_prep.storage import PARQUET_OPTIONS, write_table
 from srft_prep.types import Message, Trajectory
 from srft_prep.verification import MAX_PROBLEMS, verify
 from srft_prep.weights import DEFAULT_WEIGHTS
@@ -21,9 +21,6 @@ from tests.stages import (
     make_examples,
     run_critic,
     srft_prep,
-    token_row,
-    trajectory,
-    write_tokens,
     write_trajectories,
 )
 
@@ -75,9 +72,12 @@ def rewrite(stages: Path, table: str, change: Callable[[Rows], Any]) -> str:
     """Change the rows of a table, write it anew with a manifest over it, and verify."""
     folder, name = folder_of(stages, table), FILES[table]
     rows: Rows = pq.read_table(folder / name).to_pylist()
+    said = pq.read_metadata(folder / name).metadata or {}
     change(rows)
     changed = pa.Table.from_pylist(rows, schema=SCHEMAS[table])
-    write_table(changed, folder / name, row_group_rows=4)
+    with pq.ParquetWriter(folder / name, SCHEMAS[table], **PARQUET_OPTIONS) as writer:
+        writer.write_table(changed, row_group_size=4)
+        writer.add_key_value_metadata(said)
     bless(folder)
     return problems(folder)
 
@@ -202,6 +202,11 @@ def repeat(row: int) -> Callable[[Rows], None]:
 
 def drop(row: int) -> Callable[[Rows], None]:
     return lambda rows: rows.pop(row)
+
+
+def add_convention(convention: str, step: int, start: int, end: int) -> Callable[[Rows], None]:
+    span = {"convention": convention, "step": step, "start": start, "end": end}
+    return lambda rows: rows[0]["convention_spans"].append(span)
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Rows], Any], str]] = {
@@ -337,6 +342,57 @@ DAMAGES: dict[str, tuple[str, Callable[[Rows], Any], str]] = {
         lambda rows: rows.pop(),
         "the manifest counts 24 sequences, the files hold 23",
     ),
+    "a part that is none": (
+        "tokens",
+        set_in(0, "part_spans", 0, part="header"),
+        "step 0: part 'header': expected one of thought, tool_call, end_of_turn of a step",
+    ),
+    "a part of no step": (
+        "tokens",
+        set_in(0, "part_spans", -1, step=99),
+        "step 99: part 'end_of_turn': expected one of",
+    ),
+    "a part that is cut short": (
+        "tokens",
+        lambda rows: rows[0]["part_spans"][-1].update(end=rows[0]["part_spans"][-1]["end"] - 1),
+        "is empty, out of order or overlaps",
+    ),
+    "a part gone": ("tokens", lambda rows: rows[0]["part_spans"].pop(), "its parts end at"),
+    "parts out of order": (
+        "tokens",
+        lambda rows: rows[0]["part_spans"].reverse(),
+        "is empty, out of order or overlaps",
+    ),
+    "a field of no step": (
+        "tokens",
+        set_in(0, "field_spans", 0, step=99),
+        "step 99: field 'content': expected a field of content, reasoning_content of a step",
+    ),
+    "a field beyond its text": (
+        "tokens",
+        set_in(0, "field_spans", 0, end=99_999),
+        "-99999, 0 skipped, of a text of",
+    ),
+    "a convention that is none": (
+        "tokens",
+        add_convention("mine", 0, 0, 1),
+        "convention 'mine', step 0: expected one of trl, axolotl and a step of the row, or -1",
+    ),
+    "a convention's span beyond the end": (
+        "tokens",
+        add_convention("trl", 0, 99_998, 99_999),
+        "-99999 is out of order or bounds",
+    ),
+    "a token without characters": (
+        "tokens",
+        lambda rows: rows[0]["step_chars"].pop(),
+        "step_chars counts",
+    ),
+    "a negative number of characters": (
+        "tokens",
+        lambda rows: rows[0]["step_chars"].__setitem__(0, -1),
+        "step_chars has a negative count",
+    ),
     # shards
     "a run of weight 0": (
         "shards",
@@ -377,6 +433,27 @@ DAMAGES: dict[str, tuple[str, Callable[[Rows], Any], str]] = {
         "shards",
         lambda rows: cross_a_boundary(rows[0]),
         "crosses from one document into the next",
+    ),
+    "a weighted first token": (
+        "shards",
+        lambda rows: weight_the_first_token(rows[0]),
+        "weights a document's first token: nothing predicts it",
+    ),
+    "another sum of a sequence": ("shards", set_value(0, "sum_weights", 1.5), "sum_weights is 1.5"),
+    "another sum of a document": (
+        "shards",
+        lambda rows: rows[0]["document_sum_weights"].__setitem__(0, 1.5),
+        ": sum 1.5, its weights add up to",
+    ),
+    "another sum of a trajectory": (
+        "shards",
+        lambda rows: rows[0]["trajectory_sum_weights"].__setitem__(0, 1.5),
+        ": its sum is 1.5, its weights add up to",
+    ),
+    "a sum too many": (
+        "shards",
+        lambda rows: rows[0]["document_sum_weights"].append(0.0),
+        "expected a sum of weights for each document and its trajectory",
     ),
     "a label where no weight is": (
         "shards",
@@ -422,6 +499,12 @@ def cross_a_boundary(row: dict[str, Any]) -> None:
     run["length"] = bound - run["start"] + 1
     for place in range(run["start"], bound + 1):
         row["labels"][place] = row["input_ids"][place]
+
+
+def weight_the_first_token(row: dict[str, Any]) -> None:
+    run = row["loss_weights"][0]
+    run.update(start=0, length=run["start"] + run["length"])
+    row["labels"][: run["length"]] = row["input_ids"][: run["length"]]
 
 
 def lengthen(row: dict[str, Any], count: int) -> None:
@@ -517,14 +600,17 @@ def test_windows_and_copies_of_a_trajectory_are_sound(sound: Path, tmp_path: Pat
     assert verify(tmp_path / "shards").problems == ()
 
 
-def test_a_weighted_first_token_of_a_document_is_found(tmp_path: Path) -> None:
-    rows = [token_row(trajectory(name), gap=0) for name in ("one", "two")]
-    tokens = write_tokens(tmp_path / "tokens", rows)
-    config = PackConfig(recipe="naive", weights=dict(DEFAULT_WEIGHTS), seq_len=64)
-    pack(tokens, tmp_path / "shards", config)
-    first, second = verify(tmp_path / "shards").problems
-    assert "nothing predicts it" in first
-    assert "nothing predicts it" in second
+def test_sums_that_a_shard_or_the_manifest_tells_otherwise_are_named(stages: Path) -> None:
+    path = stages / "shards" / FILES["shards"]
+    write_table(pq.read_table(path), path, row_group_rows=4)
+    bless(stages / "shards")
+    assert f"{path}: its metadata say nothing of its sum of weights" in problems(stages / "shards")
+    shutil.copytree(stages / "shards", stages / "other")
+    manifest = orjson.loads((stages / "shards" / "manifest.json").read_bytes())
+    [told] = manifest["shards"]
+    for change in ({"sum_weights": 1.5}, {"num_tokens": 7}, {"name": "shard-00001.parquet"}):
+        bless(stages / "shards", shards=[told | change])
+        assert "`shards` do not fit shard-00000.parquet" in problems(stages / "shards")
 
 
 def test_labels_with_failures_and_copies_are_sound(tmp_path: Path) -> None:

@@ -1,22 +1,17 @@
 import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from srft_prep.errors import ConfigError
+from srft_prep.step_weights import label_weights
 from srft_prep.types import LABELS, Label
-from srft_prep.weights import (
-    DEFAULT_WEIGHTS,
-    RECIPES,
-    StepJudgement,
-    parse_weights,
-    step_weight,
-    step_weights,
-)
+from srft_prep.weights import DEFAULT_WEIGHTS, PARTS, RECIPES, parse_weights
 from tests import strategies
 
-STEPS = tuple(StepJudgement(label=label) for label in LABELS)
 PRODUCTIVE, MASKED, ABSENT = [1.0, 1.0, 1.0], [1.0, 1.0, 0.0], None
 
 PAPER = {
@@ -41,7 +36,19 @@ def weights_of(recipe: str, resolved: bool | None) -> list[float] | None:
     treatment = RECIPES[recipe].treatment(resolved)
     if treatment == "left out":
         return None
-    return step_weights(treatment, STEPS, DEFAULT_WEIGHTS, num_steps=len(STEPS))
+    if treatment == "whole":
+        return [1.0] * len(LABELS)
+    return label_weights(np.arange(len(LABELS), dtype=np.int8), DEFAULT_WEIGHTS).tolist()
+
+
+def step_weight(
+    label: Label, weights: Mapping[Label, float], chances: Sequence[float] | None = None
+) -> float:
+    """Weight of one step; with its probabilities, where they are given."""
+    labels = np.array([LABELS.index(label)], np.int8)
+    if chances is None:
+        return float(label_weights(labels, weights)[0])
+    return float(label_weights(labels, weights, np.array([chances]))[0])
 
 
 def test_the_recipes_are_those_of_the_paper() -> None:
@@ -72,10 +79,17 @@ def test_a_recipe_needs_labels_exactly_if_some_trajectory_has_weights_that_diffe
 def test_without_soft_a_step_has_the_weight_of_its_label(
     label: Label, weights: dict[Label, float]
 ) -> None:
-    sure = (0.2, 0.3, 0.5)
-    assert step_weight(StepJudgement(label=label), weights) == weights[label]
-    assert step_weight(StepJudgement(label=label, probabilities=sure), weights) == weights[label]
-    assert step_weight(StepJudgement(label=label), weights, soft=True) == weights[label]
+    assert step_weight(label, weights) == weights[label]
+    assert step_weight(label, weights, [math.nan] * 3) == weights[label]
+
+
+@given(each_label_weight, strategies.probabilities())
+def test_a_step_without_a_label_has_no_weight(
+    weights: dict[Label, float], chances: tuple[float, float, float]
+) -> None:
+    none = np.array([-1, -1], np.int8)
+    assert label_weights(none, weights).tolist() == [0, 0]
+    assert label_weights(none, weights, np.array([chances, [math.nan] * 3])).tolist() == [0, 0]
 
 
 @given(strategies.labels(), each_label_weight)
@@ -83,15 +97,14 @@ def test_a_certain_critic_gives_the_same_weight_with_soft(
     label: Label, weights: dict[Label, float]
 ) -> None:
     certain = tuple(float(each == label) for each in LABELS)
-    judgement = StepJudgement(label=label, probabilities=(certain[0], certain[1], certain[2]))
-    assert step_weight(judgement, weights, soft=True) == weights[label]
+    assert step_weight(label, weights, certain) == weights[label]
 
 
 @given(strategies.labels(), strategies.probabilities(), each_label_weight)
 def test_a_soft_weight_is_the_expected_value_between_the_least_and_the_greatest(
     label: Label, chances: tuple[float, float, float], weights: dict[Label, float]
 ) -> None:
-    soft = step_weight(StepJudgement(label=label, probabilities=chances), weights, soft=True)
+    soft = step_weight(label, weights, chances)
     expected = sum(weights[name] * p for name, p in zip(LABELS, chances, strict=True))
     assert soft == pytest.approx(expected, rel=1e-12, abs=1e-300)
     slack = 1e-9 * max(weights.values()) + 1e-300
@@ -106,7 +119,7 @@ def test_soft_weights_are_linear_in_the_weights(
     factor: float,
 ) -> None:
     def soft(weights: dict[Label, float]) -> float:
-        return step_weight(StepJudgement(label="good", probabilities=chances), weights, soft=True)
+        return step_weight("good", weights, chances)
 
     both = {label: factor * one[label] + other[label] for label in LABELS}
     assert soft(both) == pytest.approx(factor * soft(one) + soft(other), rel=1e-9, abs=1e-12)
@@ -119,10 +132,7 @@ def test_under_default_weights_more_harm_never_means_more_weight(
     good, unnecessary, harmful = chances
     moved = good * share
     worse = (good - moved, unnecessary, harmful + moved)
-    before, after = (
-        step_weight(StepJudgement(label="good", probabilities=each), DEFAULT_WEIGHTS, soft=True)
-        for each in (chances, worse)
-    )
+    before, after = (step_weight("good", DEFAULT_WEIGHTS, each) for each in (chances, worse))
     assert after <= before + 1e-12
     assert before == pytest.approx(1 - harmful)
 
@@ -135,6 +145,17 @@ def test_weights_read_back_as_they_were_written(weights: dict[Label, float]) -> 
 
 def test_labels_left_out_keep_their_default_weight() -> None:
     assert parse_weights("unnecessary=0.5") == {"good": 1.0, "unnecessary": 0.5, "harmful": 0.0}
+
+
+def test_parts_are_weighted_beside_labels_and_only_where_they_are_named() -> None:
+    text = "harmful=0.5,thought=0.25", "end_of_turn=2"
+    assert parse_weights(*text) == {
+        "good": 1.0,
+        "unnecessary": 1.0,
+        "harmful": 0.5,
+        "thought": 0.25,
+        "end_of_turn": 2.0,
+    }
 
 
 def test_minus_zero_is_zero() -> None:
@@ -169,6 +190,8 @@ def test_weights_that_are_none_are_refused_with_what_was_expected(text: str) -> 
 def test_a_label_given_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="each label once, got good again"):
         parse_weights("good=1,harmful=0,good=2")
+    with pytest.raises(ConfigError, match="each part once, got thought again"):
+        parse_weights("thought=1", "thought=1")
 
 
 @given(st.text(max_size=30))
@@ -178,5 +201,5 @@ def test_any_text_is_weights_or_a_named_error(text: str) -> None:
         weights = parse_weights(text)
     except ConfigError:
         return
-    assert list(weights) == list(LABELS)
+    assert [name for name in weights if name not in PARTS] == list(LABELS)
     assert all(math.isfinite(weight) and weight >= 0 for weight in weights.values())

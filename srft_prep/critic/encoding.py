@@ -91,7 +91,7 @@ class ChatEncoder:
             self._tokenizer = LoadedTokenizer(
                 replace(spec, variables={**spec.variables, **thinking})
             )
-        except FormatError as error:
+        except ConfigError as error:
             raise _takes_no_question(model, error) from None
         self._counter = Backend.from_str(spec.backend)
         self._counter.no_truncation()
@@ -140,5 +140,5 @@ class ChatEncoder:
         return self._tokenizer.backend.encode(text, add_special_tokens=False).ids
 
 
-def _takes_no_question(model: str, error: FormatError) -> ConfigError:
+def _takes_no_question(model: str, error: ConfigError | FormatError) -> ConfigError:
     return ConfigError(f"--model {model}: its chat template takes no question: {error}")

@@ -1,0 +1,200 @@
+"""The command from tokens and labels to shards: pack.
+
+Nothing heavy is imported before a command runs, so that `--help` and usage errors answer at once.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from srft_prep.config import DEFAULT_SEQ_LEN, MAX_INTEGER
+from srft_prep.errors import ConfigError
+from srft_prep.options import (
+    FOLDER,
+    command_line,
+    finish,
+    json_option,
+    output_option,
+    overwrite_option,
+)
+from srft_prep.types import LABELS
+from srft_prep.weights import PARTS, RECIPES, parse_weights
+
+if TYPE_CHECKING:
+    from srft_prep.manifest import Manifest
+
+FILE_SUFFIXES: Final = (".jsonl", ".parquet")
+
+
+@click.command()
+@click.argument("tokens", type=FOLDER)
+@output_option
+@click.option(
+    "--labels",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="DIR|FILE",
+    help="Output of label, or a .jsonl or .parquet file of labels; needed by the masked recipes.",
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    default="srft",
+    show_default=True,
+    help="Which trajectories, and which of them are weighted by their labels.",
+)
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="NAME=NUMBER,...|FILE",
+    show_default="good=1,unnecessary=1,harmful=0",
+    help="Weight of a step by its label, each >= 0, and what multiplies the weight of its parts: "
+    "thought, tool_call, end_of_turn. Or a .jsonl or .parquet file with trajectory_id, "
+    "step_index, weight and, if need be, part or field, start, end (characters). Repeatable.",
+)
+@click.option("--soft", is_flag=True, help="Weight by the label probabilities' expected value.")
+@click.option(
+    "--convention",
+    type=click.Choice(["srft", "trl", "axolotl"]),
+    default="srft",
+    show_default=True,
+    help="Which tokens of a turn are trained: what the agent wrote and its end of turn, or what "
+    "another tool would train.",
+)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(1, 1 << 24),
+    default=DEFAULT_SEQ_LEN,
+    show_default=True,
+    help="Tokens in a packed sequence, at most.",
+)
+@click.option(
+    "--overlong",
+    type=click.Choice(["truncate", "windows", "drop", "error"]),
+    default="truncate",
+    show_default=True,
+    help="Longer trajectories: cut behind a step, cut into windows that train each step once, "
+    "leave out, or stop.",
+)
+@click.option(
+    "--missing-label",
+    type=click.Choice(["drop", "mask", "error"]),
+    default="drop",
+    show_default=True,
+    help="A step without a label: leave its trajectory out, give it weight 0, or stop.",
+)
+@click.option(
+    "--drop-weightless",
+    is_flag=True,
+    help="Leave out documents without a weighted token, which change no gradient.",
+)
+@click.option(
+    "--trim-suffix",
+    is_flag=True,
+    help="Leave out what stands behind a document's last weighted token, and documents without "
+    "one: they change no gradient.",
+)
+@click.option(
+    "--shuffle-seed",
+    type=click.IntRange(0, MAX_INTEGER),
+    default=0,
+    show_default=True,
+    help="Seed of the order.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=lambda: len(os.sched_getaffinity(0)),
+    show_default="all cores",
+    help="Threads; they change no byte.",
+)
+@overwrite_option
+@json_option
+def pack(
+    tokens: Path,
+    output: Path,
+    weights: tuple[str, ...],
+    labels: Path | None,
+    workers: int,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Weight the steps of TOKENS by their labels and pack them into shards."""
+    from srft_prep.config import PackConfig
+    from srft_prep.progress import shown
+    from srft_prep.shards import pack as run
+
+    named, files = _split(weights)
+    config = PackConfig(
+        weights={name: value for name, value in named.items() if name in LABELS},
+        part_weights={name: value for name, value in named.items() if name in PARTS},
+        **settings,
+    )
+    with shown("pack", total=None, unit="sequences") as progress:
+        manifest = run(
+            tokens,
+            output,
+            config,
+            labels=labels,
+            weight_files=files,
+            workers=workers,
+            overwrite=overwrite,
+            command=command_line(),
+            progress=progress,
+        )
+    _tell(manifest, config.recipe)
+    finish(manifest, as_json, failed=manifest.counts["missing_label"] > 0)
+
+
+def _split(weights: Sequence[str]) -> tuple[dict[str, float], list[Path]]:
+    """Return the weights that are named and the files among values of `--weights`."""
+    files = [Path(value) for value in weights if value.endswith(FILE_SUFFIXES)]
+    for path in files:
+        if not path.is_file():
+            raise ConfigError(f"--weights: {path}: there is no such file")
+    return parse_weights(*(value for value in weights if not value.endswith(FILE_SUFFIXES))), files
+
+
+def _tell(manifest: "Manifest", recipe: str) -> None:
+    """Say what a user should know of the counts, and what can be done."""
+    counts, config = manifest.counts, manifest.data["config"]
+    if missing := counts["missing_label"]:
+        click.echo(
+            f"{missing} trajectories of which {recipe} weights the steps by label lack some "
+            f"({config['missing_label']}): see label --only and label --retry-failed",
+            err=True,
+        )
+    if lost := counts["lost_steps"]:
+        click.echo(
+            f"{lost} steps with {counts['lost_tokens']} weighted tokens are lost: "
+            + _LOST[config["overlong"]],
+            err=True,
+        )
+    if (weightless := counts["weightless"]) and not (
+        config["drop_weightless"] or config["trim_suffix"]
+    ):
+        click.echo(
+            f"{weightless} documents carry no weighted token; --drop-weightless leaves them out",
+            err=True,
+        )
+    if trimmed := counts.get("trimmed_tokens"):
+        click.echo(
+            f"{trimmed} tokens behind the last weighted one are left out (--trim-suffix)", err=True
+        )
+    if clipped := counts.get("clipped_spans"):
+        click.echo(
+            f"{clipped} spans of characters reach behind what the chat template shows of their "
+            "field and end there",
+            err=True,
+        )
+
+
+_LOST: Final = {
+    "truncate": "they lie behind the cut of trajectories longer than --seq-len (see --overlong "
+    "windows)",
+    "windows": "each alone is longer than a window; choose a longer --seq-len",
+    "drop": "their trajectories are longer than --seq-len",
+}
