@@ -297,10 +297,9 @@ def compare_per_step(
 def table_row(verdict: Verdict) -> str:
     """Return a verdict as a row of the table."""
     counts = verdict.counts
-    refused = counts["refused"]
     cells = [
         f"`{verdict.name}`",
-        f"{counts['rendered']} / {refused + counts['refused_by_us']}",
+        f"{counts['rendered']} / {counts['refused']} / {counts['refused_by_us']}",
         _pair(counts, "ids", "ids_sanitized"),
         _pair(counts, "spans", "marks"),
         _pair(counts, "sequences", "contexts", "history"),
@@ -363,8 +362,8 @@ Made by `benchmarks/templates.py`; do not edit. Every template of `../shared/dat
 an oracle that uses nothing of srft-prep (`tests/template_oracle.py`), over {num} trajectories: all
 shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, forged control tokens).
 
-- **rendered / refused**: what the template renders, and what it refuses, as `apply_chat_template`
-  does.
+- **rendered / refused / by us**: what we render; what the template refuses, as
+  `apply_chat_template` does; and what it renders and we refuse, since a step has no exact span.
 - **ids, spans, per-step**: comparisons / mismatches. Ids against
   `apply_chat_template(tokenize=True)`; spans against prefix differences and, where there are
   generation marks, against those; per-step: the append-only test, and the sequences, contexts and
@@ -377,7 +376,7 @@ shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, for
 Tokenizers: the family's where the shared data has it, else Qwen2.5's with the template's control
 tokens added. {when}: {templates} templates, {exact} exact.
 
-| template | rendered / refused | ids | spans | per-step | oracle | history | findings | verdict |
+| template | rendered / refused / by us | ids | spans | per-step | oracle | history | findings | verdict |
 |---|--:|--:|--:|--:|---|---|---|---|
 """
 

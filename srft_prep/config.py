@@ -79,7 +79,7 @@ class TokenizeConfig:
     history: History = "auto"
     """How templates that rewrite earlier messages are treated."""
     axolotl: bool = False
-    """Record what axolotl would train also where that takes further renderings."""
+    """Note what axolotl would train, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,11 +118,12 @@ def axolotl_spans(
         (step, start, end) in tokens, none empty; two of a turn whose end-of-text token lies apart.
     """
     places = np.flatnonzero(ids == eos) if eos is not None else np.empty(0, np.int64)
+    ranges = _overlap(written, starts, ends)
+    following = np.searchsorted(places, [end for _, end in ranges]).tolist()
     spans: list[Turn] = []
-    for (step, _, _), (start, end) in zip(written, _overlap(written, starts, ends), strict=True):
+    for (step, _, _), (start, end), which in zip(written, ranges, following, strict=True):
         if start >= end:
             continue
-        which = int(np.searchsorted(places, end))
         place = int(places[which]) if which < len(places) else -1
         if place == end:
             spans.append((step, start, end + 1))

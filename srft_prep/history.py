@@ -93,7 +93,7 @@ class Renderer:
 
         Args:
             template: the template.
-            axolotl: find what axolotl would train also where that takes further renderings.
+            axolotl: find what axolotl would train, too.
 
         Raises:
             ConfigError: the template cannot be used; it says why.
@@ -101,8 +101,7 @@ class Renderer:
         self.template = template
         self.form: TurnForm = learn_turns(template)
         self.header = self.form.header
-        self._placeholders = Placeholders(self._rendered)
-        self._asks_axolotl = axolotl or self._placeholders.constant is not None
+        self._placeholders = Placeholders(self._rendered) if axolotl else None
 
     def conversations(self, trajectory: Trajectory, *, history: History) -> list[Conversation]:
         """Return the renderings to train on: one, or with `per-step` as many as needed.
@@ -116,7 +115,9 @@ class Renderer:
             return self._per_step(chat)
         whole = self._whole(chat)
         early = _EARLY_STEPS if len(chat.actions) <= len(_EARLY_STEPS) else _EARLY_STEPS[:1]
-        if history == "auto" and (where := self._rewritten(trajectory, chat, whole, early)):
+        if history == "auto" and (
+            where := self._rewritten(trajectory, chat, whole, early, closely=False)
+        ):
             raise FormatError(
                 f"the chat template rewrites what was there {where}; use --history per-step or full"
             )
@@ -195,7 +196,7 @@ class Renderer:
         self, chat: _Chat, rendering: Rendering
     ) -> tuple[tuple[str, int, int, int], ...]:
         """Return what axolotl would train; nothing where it would stop at the conversation."""
-        if not self._asks_axolotl:
+        if self._placeholders is None:
             return ()
         steps = {position: step for step, position in enumerate(chat.actions)}
         try:
@@ -212,8 +213,15 @@ class Renderer:
         return _conversation(self.form, rendering, messages, {step: position})
 
     def _rewritten(
-        self, trajectory: Trajectory, chat: _Chat, whole: Conversation, cuts: Iterable[int]
+        self,
+        trajectory: Trajectory,
+        chat: _Chat,
+        whole: Conversation,
+        cuts: Iterable[int],
+        *,
+        closely: bool = True,
     ) -> str | None:
+        """Look at some steps; unless closely, only at what the model saw and wrote, in one text."""
         text = whole.rendering.text
         incomplete = next((step for step, _ in missing_fields(trajectory, whole)), None)
         steps = [min(cut, len(chat.actions) - 1) for cut in cuts]
@@ -221,7 +229,7 @@ class Renderer:
             steps.append(incomplete)
         for step in dict.fromkeys(steps):
             position = chat.actions[step] if chat.actions else 0
-            if position > 0:
+            if position > 0 and closely:
                 seen = self._render(chat, position, prompt=True)
                 if not text.startswith(seen.text):
                     return f"before step {step}"

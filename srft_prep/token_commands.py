@@ -50,8 +50,8 @@ from srft_prep.options import (
 @click.option(
     "--axolotl",
     is_flag=True,
-    help="Note what axolotl would train (pack --convention axolotl) also for templates where that "
-    "takes further renderings; for the others it is always noted.",
+    help="Note what axolotl would train, for pack --convention axolotl; with some templates that "
+    "takes further renderings.",
 )
 @click.option(
     "--workers",

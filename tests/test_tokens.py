@@ -154,7 +154,7 @@ def test_thoughts_that_a_template_drops_are_counted_and_told(
     run, output = tokenize(tmp_path, runs, tokenizer=qwen)
     assert run.status == 0
     assert counts_of(run)["dropped_reasoning_content"] == 3
-    assert "the chat template leaves out reasoning_content of 3 steps" in run.stderr
+    assert "3 of 6 steps lost their reasoning: the chat template leaves it out" in run.stderr
     manifest = json.loads((output / "manifest.json").read_bytes())
     assert manifest["counts"]["dropped_reasoning_content"] == 3
 
