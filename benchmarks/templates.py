@@ -362,7 +362,7 @@ Made by `benchmarks/templates.py`; do not edit. Every template of `../shared/dat
 an oracle that uses nothing of srft-prep (`tests/template_oracle.py`), over {num} trajectories: all
 shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, forged control tokens).
 
-- **rendered / refused / by us**: what we render; what the template refuses, as
+- **shown / refused / ours**: what we render; what the template refuses, as
   `apply_chat_template` does; and what it renders and we refuse, since a step has no exact span.
 - **ids, spans, per-step**: comparisons / mismatches. Ids against
   `apply_chat_template(tokenize=True)`; spans against prefix differences and, where there are
@@ -376,7 +376,7 @@ shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, for
 Tokenizers: the family's where the shared data has it, else Qwen2.5's with the template's control
 tokens added. {when}: {templates} templates, {exact} exact.
 
-| template | rendered / refused / by us | ids | spans | per-step | oracle | history | findings | verdict |
+| template | shown / refused / ours | ids | spans | per-step | oracle | history | findings | verdict |
 |---|--:|--:|--:|--:|---|---|---|---|
 """
 

@@ -19,9 +19,10 @@ import numpy as np
 from srft_prep.certificate import Encoder
 from srft_prep.config import History
 from srft_prep.conventions import convention_spans, token_ends
+from srft_prep.conversations import Conversation
 from srft_prep.engines import Encoded
 from srft_prep.errors import ConfigError, FormatError
-from srft_prep.history import Conversation, Renderer
+from srft_prep.history import Renderer
 from srft_prep.render import ChatTemplate
 from srft_prep.types import Trajectory
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from srft_prep.types import Trajectory
 
 if TYPE_CHECKING:
-    from srft_prep.history import Conversation
+    from srft_prep.conversations import Conversation
 
 _SENTENCES: Final = {
     "dropped_content": "{n} of {steps} steps lost their content: the chat template leaves it out",

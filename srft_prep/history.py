@@ -20,44 +20,19 @@ from typing import Any, Final
 import numpy as np
 
 from srft_prep.config import History
-from srft_prep.conventions import Placeholders, blocks_of_turns
+from srft_prep.conventions import Placeholders
+from srft_prep.conversations import Conversation, conversation_of, joined, put_behind
 from srft_prep.errors import FormatError
 from srft_prep.findings import count_findings, missing_fields
 from srft_prep.probes import learn_turns
 from srft_prep.render import ChatTemplate, Rendering, template_messages, template_tools
-from srft_prep.turns import (
-    Turn,
-    TurnForm,
-    as_parts,
-    find_turn,
-    parts_of,
-    place_content,
-    place_reasoning,
-)
+from srft_prep.turns import TurnForm, as_parts
 from srft_prep.types import Trajectory
 
 _EARLY_STEPS: Final = (1, 0)
 """Where every trajectory is checked under `auto`: the first step that follows another, and the one
 before if no step comes after. The context is short there, so that it costs little, and most of the
 trajectory is still to come to change it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation:
-    """A rendering and where its steps lie in it; all ranges are half-open, of characters."""
-
-    rendering: Rendering
-    spans: tuple[tuple[int, int, int], ...]
-    """(step, start, end), in order."""
-    parts: tuple[tuple[int, str, int, int], ...] = ()
-    """(step, part, start, end): a step's parts are disjoint, in order, and cover its span; none for
-    a step whose tool calls are somewhere in it, nobody knows where."""
-    fields: tuple[tuple[int, str, int, int, int], ...] = ()
-    """(step, field, start, end, skipped), counted from the start of the step's span."""
-    conventions: tuple[tuple[str, int, int, int], ...] = ()
-    """(convention, step, start, end): what another tool would train; step -1 for no step."""
-    num_dropped_answers: int = 0
-    """Messages of tools that the template left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +164,7 @@ class Renderer:
 
     def _whole(self, chat: _Chat) -> Conversation:
         rendering = self._render(chat, len(chat.messages))
-        whole = _conversation(self.form, rendering, chat.messages, dict(enumerate(chat.actions)))
+        whole = conversation_of(self.form, rendering, chat.messages, dict(enumerate(chat.actions)))
         return replace(whole, conventions=whole.conventions + self._by_axolotl(chat, rendering))
 
     def _by_axolotl(
@@ -210,7 +185,7 @@ class Renderer:
         position = chat.actions[step]
         rendering = self._render(chat, position + 1)
         messages = chat.messages[: position + 1]
-        return _conversation(self.form, rendering, messages, {step: position})
+        return conversation_of(self.form, rendering, messages, {step: position})
 
     def _rewritten(
         self,
@@ -221,18 +196,21 @@ class Renderer:
         *,
         closely: bool = True,
     ) -> str | None:
-        """Look at some steps; unless closely, only at what the model saw and wrote, in one text."""
+        """Look at some steps; unless closely, what the model saw is looked at for the first one."""
         text = whole.rendering.text
         incomplete = next((step for step, _ in missing_fields(trajectory, whole)), None)
         steps = [min(cut, len(chat.actions) - 1) for cut in cuts]
         if incomplete is not None:
             steps.append(incomplete)
-        for step in dict.fromkeys(steps):
+        seen_steps = dict.fromkeys(steps if closely else [0])
+        for step in dict.fromkeys([*seen_steps, *steps]):
             position = chat.actions[step] if chat.actions else 0
-            if position > 0 and closely:
+            if position > 0 and step in seen_steps:
                 seen = self._render(chat, position, prompt=True)
                 if not text.startswith(seen.text):
                     return f"before step {step}"
+            if step not in steps:
+                continue
             if chat.actions and position + 1 < len(chat.messages):
                 wrote = self._turn(chat, step)
                 if not text.startswith(wrote.rendering.text[: wrote.spans[0][2]]):
@@ -244,13 +222,13 @@ class Renderer:
         for step, position in enumerate(chat.actions):
             wrote = self._turn(chat, step)
             if position > 0:
-                wrote = _behind(self._render(chat, position, prompt=True), wrote, position)
+                wrote = put_behind(self._render(chat, position, prompt=True), wrote, position)
             last = sequences[-1] if sequences else None
             start = wrote.spans[0][1]
             if last is not None and last.spans[-1][2] <= start:
                 held = last.rendering.text[: last.spans[-1][2]]
                 if wrote.rendering.text.startswith(held):
-                    sequences[-1] = _joined(self._continued(chat, last, wrote.rendering), wrote)
+                    sequences[-1] = joined(self._continued(chat, last, wrote.rendering), wrote)
                     continue
             sequences.append(wrote)
         if len(sequences) == 1:
@@ -270,7 +248,7 @@ class Renderer:
         if self.form.endings:
             return held
         steps = {step: chat.actions[step] for step, _, _ in held.spans}
-        return _conversation(self.form, rendering, chat.messages, steps)
+        return conversation_of(self.form, rendering, chat.messages, steps)
 
 
 def _refuse_answers(messages: list[dict[str, Any]], actions: list[int]) -> None:
@@ -281,123 +259,6 @@ def _refuse_answers(messages: list[dict[str, Any]], actions: list[int]) -> None:
                 f"message {position}: the chat template writes what the tool answered inside the "
                 "agent's turn, so that the turn has no single span"
             )
-
-
-def _conversation(
-    form: TurnForm, rendering: Rendering, messages: list[dict[str, Any]], actions: dict[int, int]
-) -> Conversation:
-    """Find the steps of a rendering; `actions` is each step's message."""
-    spans: list[tuple[int, int, int]] = []
-    parts: list[tuple[int, str, int, int]] = []
-    fields: list[tuple[int, str, int, int, int]] = []
-    for step, position in actions.items():
-        after = messages[position - 1]["role"] if position else None
-        turn = find_turn(form, rendering, position, after=after)
-        spans.append((step, turn.start, turn.end))
-        message = messages[position]
-        if form.shows_calls and turn.calls is None and _hides_calls(message, rendering, turn):
-            continue
-        begun = turn.start
-        for part, start, end in parts_of(turn):
-            parts.append((step, part, start, end))
-        for name, start, end, skipped in _fields(form, rendering, turn, message):
-            fields.append((step, name, start - begun, end - begun, skipped))
-    steps = {position: step for step, position in actions.items()}
-    return Conversation(
-        rendering=rendering,
-        spans=tuple(spans),
-        parts=tuple(parts),
-        fields=tuple(fields),
-        conventions=tuple(
-            ("trl", *turn)
-            for turn in blocks_of_turns(rendering.generation, rendering.segments, steps)
-        )
-        if rendering.generation
-        else (),
-        num_dropped_answers=_num_dropped_answers(rendering, messages),
-    )
-
-
-def _hides_calls(message: dict[str, Any], rendering: Rendering, turn: Turn) -> bool:
-    """Return whether a turn may show calls at a place that no mark tells."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return False
-    return str(calls[0]["function"].get("name")) in rendering.text[turn.start : turn.end]
-
-
-def _fields(
-    form: TurnForm, rendering: Rendering, turn: Turn, message: dict[str, Any]
-) -> list[tuple[str, int, int, int]]:
-    found: list[tuple[str, int, int, int]] = []
-    limit = turn.thought_end
-    content, reasoning = message.get("content"), message.get("reasoning_content")
-    if content and not content.isspace():
-        place = place_content(form, rendering, turn, content)
-        if place is not None:
-            found.append(("content", *place))
-            limit = place[0]
-    if reasoning and not reasoning.isspace():
-        place = place_reasoning(form, rendering, turn, reasoning, limit=limit)
-        if place is not None:
-            found.insert(0, ("reasoning_content", *place))
-    return found
-
-
-def _num_dropped_answers(rendering: Rendering, messages: list[dict[str, Any]]) -> int:
-    """Count the messages of tools that are written neither alone nor with the one before."""
-    count, dropped = 0, False
-    for index, message in enumerate(messages):
-        if message["role"] != "tool":
-            continue
-        if not index or messages[index - 1]["role"] != "tool":
-            dropped = index not in rendering.segments
-        count += dropped
-    return count
-
-
-def _behind(seen: Rendering, wrote: Conversation, position: int) -> Conversation:
-    """Return a conversation that begins with what the model saw, followed by what it wrote."""
-    rendering = wrote.rendering
-    if rendering.text.startswith(seen.text):
-        return wrote
-    ((step, start, end),) = wrote.spans
-    shift = len(seen.text) - start
-    stop = rendering.segments[position][1]
-    return replace(
-        wrote,
-        rendering=Rendering(
-            text=seen.text + rendering.text[start : max(stop, end)],
-            segments={**seen.segments, position: (len(seen.text), max(stop, end) + shift)},
-            forged=(
-                *seen.forged,
-                *((a + shift, b + shift) for a, b in rendering.forged if start <= a),
-            ),
-        ),
-        spans=((step, start + shift, end + shift),),
-        parts=tuple((which, part, a + shift, b + shift) for which, part, a, b in wrote.parts),
-        conventions=tuple(
-            (name, which, max(a, start) + shift, b + shift)
-            for name, which, a, b in wrote.conventions
-            if which == step and b > start
-        ),
-    )
-
-
-def _joined(first: Conversation, second: Conversation) -> Conversation:
-    """Return two conversations of which the second begins with all that the first trains."""
-    steps = {step for step, _, _ in (*first.spans, *second.spans)}
-    trained = {step for step, _, _ in second.spans}
-    return replace(
-        second,
-        spans=first.spans + second.spans,
-        parts=first.parts + second.parts,
-        fields=first.fields + second.fields,
-        conventions=(
-            *(each for each in first.conventions if each[1] in steps and each[1] not in trained),
-            *(each for each in second.conventions if each[1] in trained),
-        ),
-    )
 
 
 def _num_characters(conversations: Sequence[Conversation]) -> int:

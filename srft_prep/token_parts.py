@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from srft_prep.chat import LoadedTokenizer
 from srft_prep.config import History
+from srft_prep.conversations import Conversation
 from srft_prep.engines import FAST, REFERENCE
 from srft_prep.errors import FormatError
-from srft_prep.history import Conversation
 from srft_prep.schemas import TOKENS
 from srft_prep.storage import PARQUET_OPTIONS, atomic_path
 from srft_prep.token_rows import TokenRow, row_groups, token_table

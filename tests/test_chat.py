@@ -527,7 +527,7 @@ def test_a_hint_that_a_template_shows_only_before_an_answer_is_found(shared_data
         "example", shared_data, "{%- if loop.last and message.role == 'user' %}hint {%- endif %}"
     )
     trajectory = trajectory_of(prompt("x"), action("one"), observed("y"), action("two"))
-    with pytest.raises(FormatError, match="before step 1"):
+    with pytest.raises(FormatError, match="before step 0"):
         list(loaded.conversations(trajectory, history="auto"))
 
 

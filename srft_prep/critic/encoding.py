@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from srft_prep.chat import LoadedTokenizer, load_backend, load_spec
+from srft_prep.conversations import Conversation
 from srft_prep.errors import ConfigError, FormatError
-from srft_prep.history import Conversation
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
