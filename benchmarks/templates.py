@@ -364,9 +364,9 @@ shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, for
 
 - **shown / refused / ours**: what we render; what the template refuses, as
   `apply_chat_template` does; and what it renders and we refuse, since a step has no exact span.
-- **ids, spans, per-step**: comparisons / mismatches. Ids against
+- **ids, spans, steps**: comparisons / mismatches. Ids against
   `apply_chat_template(tokenize=True)`; spans against prefix differences and, where there are
-  generation marks, against those; per-step: the append-only test, and the sequences, contexts and
+  generation marks, against those; steps: the append-only test, and the sequences, contexts and
   spans of `--history per-step`.
 - **history**: `append-only` if no trajectory's past is changed by what comes later, else how many
   are.
@@ -376,7 +376,7 @@ shared runs and {made} made-up ones (reasoning, parallel calls, empty texts, for
 Tokenizers: the family's where the shared data has it, else Qwen2.5's with the template's control
 tokens added. {when}: {templates} templates, {exact} exact.
 
-| template | shown / refused / ours | ids | spans | per-step | oracle | history | findings | verdict |
+| template | shown / refused / ours | ids | spans | steps | oracle | history | findings | verdict |
 |---|--:|--:|--:|--:|---|---|---|---|
 """
 
