@@ -35,6 +35,7 @@ from srft_prep.engines import (
     versions,
 )
 from srft_prep.errors import BackendError, FormatError
+from srft_prep.render import any_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -228,12 +229,6 @@ def _is_settled(character: str) -> bool:
     """Return whether a character was assigned in Unicode 3.2 and has kept its category since."""
     category = unicodedata.category(character)
     return category[0] != "C" and category == unicodedata.ucd_3_2_0.category(character)
-
-
-def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the tokens, the longest one that it can."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 class Encoder:

@@ -88,9 +88,8 @@ class ChatTemplate:
         if not num_loops:
             raise ConfigError("the chat template has no loop over messages: nothing to train")
         self._variables = dict(variables)
-        longest_first = sorted(filter(None, control_tokens), key=len, reverse=True)
-        self.control_tokens = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        prefixes = {token[:2] for token in longest_first}
+        self.control_tokens = any_of(control_tokens)
+        prefixes = {token[:2] for token in control_tokens if token}
         self._prefixes = sorted(prefixes) if len(prefixes) <= _MAX_PREFIXES else None
 
     def render(
@@ -134,6 +133,12 @@ class ChatTemplate:
         if self._prefixes is not None and not any(each in texts for each in self._prefixes):
             return False
         return self.control_tokens.search(texts) is not None
+
+
+def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of the tokens, the longest one that it can."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def template_messages(trajectory: Trajectory) -> tuple[list[dict[str, Any]], list[int]]:

@@ -229,9 +229,7 @@ def _make_all(
 
 def _make_missing(run: _Run, parts: list[Path]) -> None:
     """Make the parts that are not in the journal, or were made by an engine that is no good."""
-    usable = (FAST, REFERENCE) if run.tokenizer.encoder.is_fast else (REFERENCE,)
-    if not run.writer.entry(_ENGINE):
-        usable = (FAST, REFERENCE)
+    usable = (REFERENCE,) if run.writer.entry(_ENGINE) else (FAST, REFERENCE)
     run.entries.clear()
     todo = []
     for part in parts:
