@@ -15,7 +15,6 @@ All that was compared is counted into the certificate, which the manifest of `to
 """
 
 import random
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,8 @@ from srft_prep.engines import (
     Encoded,
     FastEngine,
     ReferenceEngine,
+    beyond_ascii,
+    is_settled,
     load_fast,
     versions,
 )
@@ -48,7 +49,6 @@ SAMPLE_CHARACTERS: Final = 4_000
 CHECKED_TOKENS: Final = 512
 """Longest stretch that is compared during a run."""
 
-_ASCII: Final = re.compile("[\x00-\x7f]+")
 _CONTEXTS: Final = (
     *("{}", "a{}", "{}a", "A{}a", " {}", "{} ", "1{}2", "'{}S", "\n{}\n", "{0}{0}", ".{}!"),
     *("漢{}字", "\t{}  x", "e{}"),
@@ -205,9 +205,9 @@ class Gate:
         """Return whether no character of a text is one that the engines differ on."""
         if text.isascii():
             return True
-        found = set(_ASCII.sub("", text))
+        found = beyond_ascii(text)
         for character in found - self._trusted - self._refused:
-            trusted = _is_settled(character) or self._proves(character)
+            trusted = is_settled(character) or self._proves(character)
             (self._trusted if trusted else self._refused).add(character)
         return self._refused.isdisjoint(found)
 
@@ -223,12 +223,6 @@ class Gate:
                 self._fast.encode(strings), self._reference.encode(strings), strict=True
             )
         )
-
-
-def _is_settled(character: str) -> bool:
-    """Return whether a character was assigned in Unicode 3.2 and has kept its category since."""
-    category = unicodedata.category(character)
-    return category[0] != "C" and category == unicodedata.ucd_3_2_0.category(character)
 
 
 class Encoder:

@@ -281,11 +281,11 @@ def _tokens(conversation: Conversation, encoded: Encoded, eos: int | None) -> To
     `eos` is the id of the tokenizer's `eos_token`, which axolotl looks for.
     """
     spans, parts = conversation.spans, conversation.parts
-    edges = [place for _, start, end in spans for place in (start, end)]
-    edges += [place for _, _, start, end in parts for place in (start, end)]
-    found = iter(encoded.tokens_before(edges).reshape(-1, 2).tolist() if edges else [])
-    step_spans = tuple((step, *_pair(next(found))) for step, _, _ in spans)
-    part_spans = tuple((step, part, *_pair(next(found))) for step, part, _, _ in parts)
+    edges = [*(each[1:] for each in spans), *(each[2:] for each in parts)]
+    found = encoded.tokens_before(edges).tolist() if edges else []
+    step_spans = tuple((each[0], *pair) for each, pair in zip(spans, found, strict=False))
+    behind = found[len(spans) :]
+    part_spans = tuple((*each[:2], *pair) for each, pair in zip(parts, behind, strict=True))
     length = len(conversation.rendering.text)
     begun = encoded.characters_begun(length=length)
     pieces = [begun[start:end] for _, start, end in step_spans]
@@ -318,12 +318,15 @@ def _moved(
 
     That is not the first one that the agent wrote where a token straddles the header's end.
     """
-    text_length = len(conversation.rendering.text)
-    missing: dict[int, int] = {}
-    for (step, first, _), (_, start, _) in zip(conversation.spans, step_spans, strict=True):
-        begins = int(encoded.begun[start]) if start < len(encoded.begun) else text_length
-        if begins != first:
-            missing[step] = begins - first
+    if not step_spans:
+        return conversation.fields
+    text_length = np.int32(len(conversation.rendering.text))
+    begun = np.append(encoded.begun, text_length)[[start for _, start, _ in step_spans]].tolist()
+    missing = {
+        step: begins - first
+        for (step, first, _), begins in zip(conversation.spans, begun, strict=True)
+        if begins != first
+    }
     if not missing:
         return conversation.fields
     moved = []

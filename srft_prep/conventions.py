@@ -23,6 +23,7 @@ a template's loop variable (GLM-4.5), and both tools make control tokens of a me
 ids are then others than ours.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -117,6 +118,8 @@ def axolotl_spans(
     Returns:
         (step, start, end) in tokens, none empty; two of a turn whose end-of-text token lies apart.
     """
+    if not written:
+        return []
     places = np.flatnonzero(ids == eos) if eos is not None else np.empty(0, np.int64)
     ranges = _overlap(written, starts, ends)
     following = np.searchsorted(places, [end for _, end in ranges]).tolist()
@@ -162,7 +165,7 @@ def blocks_of_turns(
     begins = [start for start, _ in places]
     turns: list[Turn] = []
     for start, end in generation:
-        which = int(np.searchsorted(begins, start, side="right")) - 1
+        which = bisect_right(begins, start) - 1
         owner = places[which][1] if which >= 0 else -1
         turns.append((steps.get(owner, -1), start, end))
     return turns

@@ -22,11 +22,14 @@ import numpy as np
 from srft_prep.errors import FormatError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
     from tokenizers import Tokenizer
 
 FAST: Final = "fastokens"
 REFERENCE: Final = "tokenizers"
+
+_JOINERS: Final = frozenset("\u200b\u200c\u200d\ufe0e\ufe0f\ufeff")
+"""Characters of emoji and the like that normalisation leaves alone, whatever stands beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,7 @@ class Encoded:
             ),
         )
 
-    def tokens_before(self, characters: "Sequence[int] | NDArray[Any]") -> "NDArray[np.int64]":
+    def tokens_before(self, characters: "ArrayLike") -> "NDArray[np.int64]":
         """Return how many tokens have their first character before each of the characters.
 
         So a half-open range of characters becomes a half-open range of tokens in which a token
@@ -122,6 +125,7 @@ class FastEngine:
         self._tokenizer.no_truncation()
         self._num_bytes = _bytes_of_tokens(described)
         self._normalises = described.get("normalizer") is not None
+        self._inert: set[str] = set()
 
     def ids(self, texts: Sequence[str]) -> "list[NDArray[np.int32]]":
         """Return the token ids of every text, each [T]."""
@@ -139,9 +143,11 @@ class FastEngine:
         ]
 
     def _takes(self, text: str) -> bool:
-        if text.isascii():
+        if not self._normalises or text.isascii():
             return True
-        return not self._normalises or unicodedata.is_normalized("NFC", text)
+        unknown = beyond_ascii(text) - self._inert
+        self._inert.update(filter(_is_inert, unknown))
+        return unknown <= self._inert or unicodedata.is_normalized("NFC", text)
 
     def _located(self, ids: "NDArray[np.int32]", text: str) -> Encoded | None:
         ends = np.cumsum(np.take(self._num_bytes, ids), dtype=np.int32)
@@ -158,6 +164,32 @@ class FastEngine:
             firsts=starts - _number_up_to(within, starts, inclusive=True),
             begun=starts - _number_up_to(within, starts, inclusive=False),
         )
+
+
+def beyond_ascii(text: str) -> set[str]:
+    """Return the characters of a text that are not ASCII."""
+    data = np.frombuffer(text.encode(errors="surrogatepass"), np.int8)
+    return set(data[data < 0].tobytes().decode(errors="surrogatepass"))
+
+
+def is_settled(character: str) -> bool:
+    """Return whether a character was assigned in Unicode 3.2 and has kept its category since."""
+    category = unicodedata.category(character)
+    return category[0] != "C" and category == unicodedata.ucd_3_2_0.category(character)
+
+
+def _is_inert(character: str) -> bool:
+    """Return whether a text of such characters alone is in NFC.
+
+    Unicode Standard Annex 15, section 9: that needs the quick check to say yes, and no combining
+    class. Characters for which it says "maybe" are marks, or jamo of Hangul.
+    """
+    return character in _JOINERS or (
+        is_settled(character)
+        and unicodedata.category(character)[0] != "M"
+        and not "\u1100" <= character <= "\u11ff"
+        and unicodedata.is_normalized("NFC", character)
+    )
 
 
 def _number_up_to(

@@ -49,7 +49,7 @@ def count_findings(trajectory: Trajectory, conversation: "Conversation") -> Coun
         if name == "tool_calls":
             is_written = step not in known
         else:
-            said = str(getattr(trajectory.steps[step].action, name)).strip()
+            said = str(getattr(trajectory.actions[step], name)).strip()
             is_written = said in _text_of(conversation, step)
         counts[f"{'unplaced' if is_written else 'dropped'}_{name}"] += 1
     counts["no_end_of_turn"] += len(known - ended)
@@ -64,7 +64,7 @@ def missing_fields(
     placed = {(step, name) for step, name, *_ in conversation.fields}
     called = {step for step, part, _, _ in conversation.parts if part == "tool_call"}
     for step, _, _ in conversation.spans:
-        action = trajectory.steps[step].action
+        action = trajectory.actions[step]
         for name in ("content", "reasoning_content"):
             value = getattr(action, name)
             if value and (step, name) not in placed and not value.isspace():

@@ -25,7 +25,7 @@ from srft_prep.conversations import Conversation, conversation_of, joined, put_b
 from srft_prep.errors import FormatError
 from srft_prep.findings import count_findings, missing_fields
 from srft_prep.probes import learn_turns
-from srft_prep.render import ChatTemplate, Rendering, template_messages, template_tools
+from srft_prep.render import ChatTemplate, Prepared, Rendering, template_messages, template_tools
 from srft_prep.turns import TurnForm, as_parts
 from srft_prep.types import Trajectory
 
@@ -56,6 +56,7 @@ class _Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    prepared: Prepared
     actions: list[int]
     """Index of every step's message."""
 
@@ -146,21 +147,24 @@ class Renderer:
         actions = [index for index, kind in enumerate(kinds) if kind == "action"]
         if self.form.answers_inside:
             _refuse_answers(messages, actions)
-        return _Chat(messages=messages, tools=template_tools(trajectory), actions=actions)
+        tools = template_tools(trajectory)
+        prepared = self._prepared(messages, tools)
+        return _Chat(messages=messages, tools=tools, prepared=prepared, actions=actions)
 
     def _render(self, chat: _Chat, until: int, *, prompt: bool = False) -> Rendering:
-        return self._rendered(chat.messages[:until], chat.tools, prompt=prompt)
+        return self.template.write(chat.prepared, until, add_generation_prompt=prompt)
 
     def _rendered(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        *,
-        prompt: bool = False,
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> Rendering:
+        return self.template.write(self._prepared(messages, tools))
+
+    def _prepared(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> Prepared:
         if self.form.content_is_parts:
             messages = as_parts(messages)
-        return self.template.render(messages, tools, add_generation_prompt=prompt)
+        return self.template.prepare(messages, tools)
 
     def _whole(self, chat: _Chat) -> Conversation:
         rendering = self._render(chat, len(chat.messages))

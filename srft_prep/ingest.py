@@ -282,7 +282,7 @@ def _with_outcome(
 def _with_system_prompt(trajectory: Trajectory, text: str) -> Trajectory:
     messages = trajectory.messages
     if messages and messages[0].role == "system":
-        messages = (replace(messages[0], content=text), *messages[1:])
+        messages = (messages[0]._replace(content=text), *messages[1:])
     else:
         messages = (Message(role="system", kind="prompt", content=text), *messages)
     return replace(trajectory, messages=messages)

@@ -5,7 +5,8 @@ Three kinds of output statements are added, each of which calls a filter of the 
   loop is at, by identity, whatever the loop and its variable are called;
 - where a message's tool calls begin: before the loop over them, or before the first expression that
   reads one. Constant text directly before (`<|tool_calls_section_begin|>`) counts with the calls;
-- around the body of every `{% generation %}` block.
+- around the body of every `{% generation %}` block. The block itself then becomes a plain scope: as
+  a call of a macro, which is what transformers makes of it, it takes three times as long.
 
 Loops in macros, in blocks that are captured and in other loops get no message marks: what they
 write belongs to the message that the outer loop is at.
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
 
 MESSAGE_FILTER: Final = "srft_prep_message"
 END_FILTER: Final = "srft_prep_end"
@@ -34,6 +36,7 @@ def add_marks(template: nodes.Template) -> int:
     template.body = marker.top(template.body)
     for macro in template.find_all(nodes.Macro):
         macro.body = marker.generations(macro.body)
+    _Inlined().visit(template)
     return marker.num_loops
 
 
@@ -160,6 +163,15 @@ class _Marker:
 
     def _reads_calls(self, node: nodes.Node) -> bool:
         return any(_is_call_access(each, self._call_names) for each in _with_itself(node))
+
+
+class _Inlined(NodeTransformer):
+    """Makes generation blocks plain scopes, which write the same."""
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
+        """Return what stands in a call block's place."""
+        self.generic_visit(node)
+        return nodes.Scope(node.body, lineno=node.lineno) if _is_generation(node) else node
 
 
 def _call_names(template: nodes.Template) -> frozenset[str]:

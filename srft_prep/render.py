@@ -14,7 +14,8 @@ Templates are untrusted and run in transformers' own sandbox (`sandbox`).
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -54,6 +55,19 @@ class Rendering:
     """Message index -> the character where its tool calls' rendering begins; absent if none."""
     generation: tuple[tuple[int, int], ...] = ()
     """Ranges of the template's `{% generation %}` blocks, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A conversation as a template is given it, see `ChatTemplate.prepare`."""
+
+    messages: list[dict[str, Any]]
+    """No object twice; with wrapped control tokens, if it holds some."""
+    tools: list[dict[str, Any]] | None
+    mark: str
+    """A character that occurs nowhere in the conversation."""
+    wrapping: tuple[str, str] | None
+    """Two more, around each control token; None where there is none."""
 
 
 class ChatTemplate:
@@ -104,35 +118,68 @@ class ChatTemplate:
         Raises:
             FormatError: the template refuses the conversation (a role that it does not know, say).
         """
+        prepared = self.prepare(messages, tools)
+        return self.write(prepared, add_generation_prompt=add_generation_prompt)
+
+    def prepare(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> Prepared:
+        """Find out once what every rendering of a conversation's beginnings needs to know.
+
+        Raises:
+            FormatError: values are nested too deeply.
+        """
         given = [_with_thinking(message) for message in messages]
         if len(set(map(id, given))) < len(given):
             given = [dict(message) for message in given]  # marks know a message by its identity
+        texts = "\0".join(_strings(given, tools))
         wrapping = None
-        try:
-            texts = "\0".join(_strings(given, tools))
-            if self._may_hold_control_tokens(texts):
-                wrapping = _unused_private(texts)
+        if self._may_hold_control_tokens(texts):
+            wrapping = _unused_private(texts)
+            with _refusals():
                 given = _wrap(given, self.control_tokens, wrapping)
                 tools = _wrap(tools, self.control_tokens, wrapping)
-            self._recorder.start(given, _unused(texts))
+        return Prepared(messages=given, tools=tools, mark=_unused(texts), wrapping=wrapping)
+
+    def write(
+        self,
+        prepared: Prepared,
+        until: int | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> Rendering:
+        """Return a conversation, or its messages before `until`, as `render` does.
+
+        Raises:
+            FormatError: the template refuses the conversation.
+        """
+        given = prepared.messages if until is None else prepared.messages[:until]
+        with _refusals():
+            self._recorder.start(given, prepared.mark)
             context = self._template.new_context(
                 {
                     **self._variables,
                     "messages": given,
-                    "tools": tools or None,
+                    "tools": prepared.tools or None,
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
             pieces = list(self._template.root_render_func(context))
-        except _REFUSALS as error:
-            raise FormatError(f"the chat template refuses the conversation: {error}") from None
-        return self._recorder.rendering(pieces, wrapping)
+        return self._recorder.rendering(pieces, prepared.wrapping)
 
     def _may_hold_control_tokens(self, texts: str) -> bool:
         if self._prefixes is not None and not any(each in texts for each in self._prefixes):
             return False
         return self.control_tokens.search(texts) is not None
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except _REFUSALS as error:
+        raise FormatError(f"the chat template refuses the conversation: {error}") from None
 
 
 def any_of(tokens: Sequence[str]) -> re.Pattern[str]:

@@ -14,6 +14,7 @@ SCHEMA_VERSION: Final = 1
 LABELS_FILE: Final = "labels.parquet"
 REQUESTS_FILE: Final = "requests.parquet"
 REJECTED_FILE: Final = "rejected.jsonl"
+HELD_OUT_FILE: Final = "held_out.jsonl"
 
 MESSAGE: Final = pa.struct(
     [
@@ -124,6 +125,7 @@ TOKENS: Final = pa.schema(
         pa.field("field_spans", pa.list_(FIELD_SPAN), nullable=False),
         pa.field("convention_spans", pa.list_(CONVENTION_SPAN), nullable=False),
         pa.field("step_chars", pa.list_(pa.int16()), nullable=False),
+        pa.field("instance_id", pa.string(), nullable=False),
     ]
 )
 """`step_chars`: how many characters each token of the steps begins, step after step in order."""

@@ -27,8 +27,14 @@ BATCH_ROWS: Final = 16
 """Conversations encoded together, at most."""
 BATCH_CHARACTERS: Final = 1 << 23
 """Text encoded together, about."""
-_OPTIONS: Final = {**PARQUET_OPTIONS, "compression_level": 1}
-"""Level 3 takes a fifth longer and makes files 4% smaller, which are read once or twice."""
+_OPTIONS: Final = {
+    **PARQUET_OPTIONS,
+    "compression_level": 1,
+    "write_statistics": False,
+    "column_encoding": {"step_chars.list.element": "BYTE_STREAM_SPLIT"},
+}
+"""Level 3 takes a fifth longer and makes files 4% smaller, which are read once or twice. Small
+numbers with their high bytes apart take half the space and two thirds of the time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,4 +124,5 @@ def _encoded(
             field_spans=tokens.field_spans,
             convention_spans=tokens.convention_spans,
             step_chars=tokens.step_chars,
+            instance_id=trajectory.instance_id,
         )

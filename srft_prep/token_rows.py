@@ -39,6 +39,8 @@ class TokenRow:
     """(convention, step, start, end), half-open token ranges."""
     step_chars: "NDArray[np.int16]" = field(default_factory=lambda: np.empty(0, np.int16))
     """How many characters each token of the steps begins, step after step."""
+    instance_id: str = ""
+    """The task, by which `pack --hold-out` chooses; empty where the source names none."""
 
 
 def row_groups(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
@@ -72,6 +74,7 @@ def token_table(rows: Sequence[TokenRow]) -> pa.Table:
             [row.step_chars for row in rows],
             pa.array(np.concatenate([np.empty(0, np.int16), *(row.step_chars for row in rows)])),
         ),
+        pa.array([row.instance_id for row in rows], pa.string()),
     ]
     return pa.Table.from_arrays(columns, schema=TOKENS)
 

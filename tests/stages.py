@@ -129,6 +129,7 @@ def token_row(owner: Trajectory, *, gap: int = 4, step_tokens: int = 6) -> Token
             ("axolotl", step, max(start - 1, 0), end) for step, start, end in spans
         ),
         step_chars=np.full(step_tokens * owner.num_steps, 3, np.int16),
+        instance_id=owner.instance_id,
     )
 
 

@@ -1,6 +1,8 @@
 """Two engines, one result: ids, and the character that each token begins with."""
 
 import json
+import sys
+import unicodedata
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+import srft_prep.engines as engine_module
 from srft_prep.chat import tokenizer_path
 from srft_prep.engines import Encoded, FastEngine, ReferenceEngine
 from srft_prep.errors import FormatError
@@ -134,3 +137,14 @@ def test_a_tokenizer_whose_token_lengths_tell_no_places_is_refused(
 def test_a_sentencepiece_vocabulary_is_refused(shared_data: Path) -> None:
     with pytest.raises(FormatError, match="no byte-level vocabulary"):
         FastEngine(backend("phi-3-mini", shared_data))
+
+
+def test_texts_of_inert_characters_are_normalized() -> None:
+    inert = {chr(code) for code in range(sys.maxunicode + 1) if engine_module._is_inert(chr(code))}
+    pairs = (unicodedata.decomposition(chr(code)).split() for code in range(sys.maxunicode + 1))
+    joining = {chr(int(pair[1], 16)) for pair in pairs if len(pair) == 2 and "<" not in pair[0]}
+    jamo = set(map(chr, range(0x1161, 0x1176))) | set(map(chr, range(0x11A8, 0x11C3)))
+    assert len(inert) > 70_000
+    assert inert.isdisjoint(joining | jamo)
+    assert not any(map(unicodedata.combining, inert))
+    assert unicodedata.is_normalized("NFC", "".join(sorted(inert)))

@@ -108,7 +108,7 @@ class PlannedCritic:
 def long_run(name, *, num_steps=12, words=400):
     run = trajectory(name, num_steps=num_steps)
     messages = [
-        replace(message, content=f"{message.content} " + f"{name} " * words)
+        message._replace(content=f"{message.content} " + f"{name} " * words)
         if message.kind == "observation"
         else message
         for message in run.messages

@@ -45,7 +45,7 @@ def conversation_of(raws: list[Any], *, not_the_model: str | None = None) -> tup
         elif message.role == "assistant":
             kind = "artifact" if _by_harness(message, not_the_model=not_the_model) else "action"
             after = "artifact" if kind == "artifact" else "observation"
-        messages.append(replace(message, kind=kind))
+        messages.append(message._replace(kind=kind))
     if not any(message.kind == "action" for message in messages):
         raise FormatError(f"no action by a model among {len(messages)} messages")
     return tuple(messages)
@@ -57,7 +57,7 @@ def ended(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     They are the harness's last words (the submitted diff, say), and no model read them.
     """
     last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-    tail = (replace(message, kind="artifact") for message in messages[last + 1 :])
+    tail = (message._replace(kind="artifact") for message in messages[last + 1 :])
     return (*messages[: last + 1], *tail)
 
 
@@ -113,12 +113,12 @@ def _message(raw: Any, *, where: str) -> Message:
         raw = {**raw, "tool_calls": [_with_text_arguments(call) for call in raw["tool_calls"]]}
     message = chat_message(raw, kind="prompt", where=where)
     if message.content is None and message.tool_calls is None:
-        message = replace(message, content="")
+        message = message._replace(content="")
     blocks = field(raw, "thinking_blocks", list, where=where) or []
     if message.reasoning_content is None and blocks:
         thoughts = [block.get("thinking") for block in blocks if isinstance(block, dict)]
         text = "".join(thought for thought in thoughts if isinstance(thought, str))
-        message = replace(message, reasoning_content=text or None)
+        message = message._replace(reasoning_content=text or None)
     return message
 
 

@@ -11,7 +11,6 @@ A run that failed before its first action (a provider that timed out, say) is a 
 step: it is taken when the record says how it failed.
 """
 
-from dataclasses import replace
 from typing import Any, Final
 
 from srft_prep.errors import FormatError
@@ -87,9 +86,9 @@ def _messages(
     else:
         messages = conversation_of(raws)
         if _ends_with_submission(messages, exit_status=exit_status, submission=submission):
-            messages = (*messages[:-1], replace(messages[-1], kind="artifact"))
+            messages = (*messages[:-1], messages[-1]._replace(kind="artifact"))
     return tuple(
-        replace(message, kind="artifact") if message.role == "exit" else message
+        message._replace(kind="artifact") if message.role == "exit" else message
         for message in messages
     )
 

@@ -17,7 +17,7 @@ condenser's cuts in the history are not replayed: the messages are the whole run
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from dataclasses import field as factory_field
 from typing import Any, Final
 
@@ -185,7 +185,7 @@ def _add_step(
         conversation.responses.add(response_id)
     message = chat_message(raw, kind="action", where=where, role="assistant")
     if message.content is None and message.tool_calls is None:
-        message = replace(message, content="")
+        message = message._replace(content="")
     conversation.calls.update(_call_ids(message))
     conversation.add_action(message)
 

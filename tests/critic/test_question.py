@@ -121,7 +121,7 @@ def test_the_requests_of_any_trajectory_keep_every_law(run, given_settings, more
     times = data.draw(st.sampled_from([1, 1, 30, 200]))
     run = replace(run, patch=patch and patch * times)
     messages = [
-        replace(message, content=message.content and message.content * times)
+        message._replace(content=message.content and message.content * times)
         for message in run.messages
     ]
     run = replace(run, messages=tuple(messages))
