@@ -106,6 +106,8 @@ class PackConfig:
     """Leave out documents without a weighted token: they cost compute and change no gradient."""
     trim_suffix: bool = False
     """Leave out what stands behind a document's last weighted token: it changes no gradient."""
+    hold_out: float = 0.0
+    """Fraction of the tasks that no packed sequence holds, at least 0 and below 1."""
     shuffle_seed: int = 0
     """Seed of the order of the packed sequences."""
     shard_tokens: int = 1 << 24

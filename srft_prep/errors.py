@@ -5,7 +5,8 @@
     |-- FormatError    a raw record is not what its format promises
     |-- BackendError   a critic cannot work at all (no model, no key, engine gone)
     |-- LabelError     labels that do not fit the trajectories, or cannot be parsed
-    `-- ShardError     a stage directory is damaged, unfinished, or of another version
+    |-- ShardError     a stage directory is damaged, unfinished, or of another version
+    `-- TrainError     training cannot go on: documents leak, a loss is no number, ...
 
 A message says where, what was expected, what came, and what to do. Failures of single records are
 data (a line in `rejected.jsonl`, a row with `failure`), never an exception that ends a run.
@@ -34,3 +35,7 @@ class LabelError(SrftError):
 
 class ShardError(SrftError):
     """A stage directory is damaged, unfinished, or was written by an unknown version."""
+
+
+class TrainError(SrftError):
+    """Training cannot go on, or would train something else than it says."""

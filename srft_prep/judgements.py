@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import orjson
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -21,7 +22,8 @@ from srft_prep.factors import (
     no_such_trajectory,
     with_trajectories,
 )
-from srft_prep.schemas import LABELS_FILE
+from srft_prep.manifest import Manifest
+from srft_prep.schemas import LABELS_FILE, REJECTED_FILE
 from srft_prep.token_columns import StepIndex, TokenColumns
 from srft_prep.types import LABELS
 from srft_prep.weight_files import Growing, read_label_rows, where
@@ -136,6 +138,13 @@ def read_judgements(
         stale_trajectories=np.unique(read.trajectories[read.stale]),
         factors=factors,
     )
+
+
+def rejected_trajectories(tokens: Manifest) -> frozenset[str]:
+    """Return the trajectories that `tokenize` could not take: their labels have no tokens."""
+    path = tokens.path / REJECTED_FILE
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return frozenset(orjson.loads(line)["trajectory_id"] for line in lines)
 
 
 def _directory(path: Path, columns: TokenColumns, *, soft: bool, rejected: frozenset[str]) -> _Read:

@@ -22,7 +22,7 @@ class Manifest:
     path: Path
     """The stage directory."""
     stage: str
-    """`ingest`, `label`, `tokenize`, `pack` or `export`."""
+    """`ingest`, `label`, `tokenize`, `pack`, `export` or `train`."""
     data: dict[str, Any]
     """The whole document."""
     run: dict[str, Any] = field(default_factory=dict)
@@ -121,6 +121,7 @@ _KEYS: Final[dict[Any, tuple[str, ...]]] = {
     "tokenize": ("tokenizer.source", "tokenizer.tokenizer_hash", "tokenizer.template_hash"),
     "pack": ("seq_len", "recipe", "tokenizer", "tokenizer_hash", "template_hash"),
     "export": ("target", "lost_weights"),
+    "train": ("counts.steps",),
 }
 """What later stages read of a manifest, by stage."""
 

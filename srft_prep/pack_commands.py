@@ -97,6 +97,15 @@ FILE_SUFFIXES: Final = (".jsonl", ".parquet")
     "one: they change no gradient.",
 )
 @click.option(
+    "--hold-out",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    metavar="FRACTION",
+    help="Leave this fraction of the tasks out, with all attempts at them, and list them in "
+    "held_out.jsonl: train measures itself on them.",
+)
+@click.option(
     "--shuffle-seed",
     type=click.IntRange(0, MAX_INTEGER),
     default=0,

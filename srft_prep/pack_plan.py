@@ -16,6 +16,7 @@ from srft_prep.config import PackConfig
 from srft_prep.documents import Documents, cut_rows
 from srft_prep.errors import ConfigError
 from srft_prep.factors import Factors, multiplied
+from srft_prep.hold_out import HeldOutTrajectory, choose_held_out
 from srft_prep.judgements import Judgements
 from srft_prep.ragged import offsets_of
 from srft_prep.runs import Runs, weighted_runs
@@ -39,6 +40,8 @@ class Plan:
     columns: TokenColumns
     documents: Documents
     runs: Runs
+    held_out: list[HeldOutTrajectory]
+    """Trajectories that are left out so that a run can be measured on them."""
     counts: dict[str, int]
 
 
@@ -55,9 +58,14 @@ def make_plan(
         ConfigError: nothing is left, a row is over-long and must not be, or weights multiply to
             what float32 does not hold.
         LabelError: labels or weights do not fit the tokens.
+        ShardError: `hold_out`, and the tokens do not say whose tasks they are.
     """
     counts: Counter[str] = Counter()
+    held_out, in_held_out = choose_held_out(columns, config.hold_out)
+    counts["held_out"] = len(held_out)
+    counts["held_out_tasks"] = len({each.instance_id or each.trajectory_id for each in held_out})
     segments, taken = _weigh(columns, config, judgements, factors, counts)
+    taken &= ~in_held_out
     empty = taken & (columns.num_tokens == 0)
     counts["empty"] = int(empty.sum())
     rows = np.flatnonzero(taken & ~empty)
@@ -79,7 +87,7 @@ def make_plan(
         raise ConfigError(
             f"--recipe {config.recipe} leaves no trajectory to pack ({reasons or 'no tokens'})"
         )
-    return Plan(columns=columns, documents=documents, runs=runs, counts=told)
+    return Plan(columns=columns, documents=documents, runs=runs, held_out=held_out, counts=told)
 
 
 def _weigh(

@@ -1,4 +1,4 @@
-"""Checks of the sums of weights in shards: of documents, packs, trajectories, files and all.
+"""Checks of shards as a whole: their sums of weights, and that they hold no held-out task.
 
 Every sum is exact and rounded once, so that it is compared exactly, in whatever order it was made.
 """
@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from srft_prep.errors import ShardError
+from srft_prep.hold_out import is_held_out, read_held_out
 from srft_prep.manifest import Manifest
+from srft_prep.schemas import HELD_OUT_FILE
 from srft_prep.shard_files import IGNORED, SUM_KEY
 
 
@@ -92,3 +95,22 @@ class ShardSums:
                 (each["name"] for each in expected if each not in said), "a file that is not there"
             )
             yield f"the manifest's `shards` do not fit {wrong}"
+
+
+def check_held_out(manifest: Manifest, packed: set[str]) -> Iterator[str]:
+    """Yield which held-out trajectories are packed nevertheless, or were not to be held out."""
+    if not (fraction := manifest.data["config"].get("hold_out")):
+        return
+    try:
+        held_out = read_held_out(manifest.path)
+    except ShardError as error:
+        yield str(error)
+        return
+    expected = manifest.counts.get("held_out", 0)
+    if len(held_out) != expected:
+        yield f"expected {expected} held-out trajectories, got {len(held_out)}"
+    for each in held_out:
+        if each.trajectory_id in packed:
+            yield f"{HELD_OUT_FILE}: {each.trajectory_id} is packed nevertheless"
+        if not is_held_out(each.instance_id or each.trajectory_id, fraction):
+            yield f"{HELD_OUT_FILE}: {each.trajectory_id} is not of a held-out task"

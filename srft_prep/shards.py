@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError
 from srft_prep.factors import read_factors
-from srft_prep.judgements import read_judgements
+from srft_prep.hold_out import write_held_out
+from srft_prep.judgements import read_judgements, rejected_trajectories
 from srft_prep.layout import Layout, lay_out
 from srft_prep.manifest import Manifest, read_manifest, sha256_of
 from srft_prep.pack_plan import Plan, make_plan
 from srft_prep.packing import lower_bound
 from srft_prep.progress import Progress, Silent
 from srft_prep.ragged import chunks
-from srft_prep.schemas import REJECTED_FILE
+from srft_prep.schemas import HELD_OUT_FILE
 from srft_prep.shard_files import ShardWriter, spill
 from srft_prep.storage import StageWriter
 from srft_prep.token_columns import StepIndex, read_columns
@@ -58,7 +58,8 @@ def pack(
         progress: what shows how far it is.
 
     Raises:
-        ShardError: `tokens` or `labels` is no finished stage output.
+        ShardError: `tokens` or `labels` is no finished stage output, or `hold_out` and the tokens
+            are of an older version.
         ConfigError: the recipe needs labels and there are none, the label probabilities that
             `soft` needs are missing, or the recipe leaves nothing to train on.
         LabelError: labels or weights do not fit the tokens.
@@ -78,6 +79,8 @@ def pack(
         names = [f"shard-{number:05d}.parquet" for number in range(len(shards))]
         scratch = writer.progress / "input_ids.bin"
         spill(plan, layout, scratch, workers=workers)
+        if config.hold_out:
+            write_held_out(output, plan.held_out)
         files = ShardWriter(plan=plan, layout=layout, scratch=scratch, seq_len=config.seq_len)
         todo = [(output / name, packs) for name, packs in zip(names, shards, strict=True)]
         for first, last in files.write(todo, workers=workers):
@@ -86,7 +89,7 @@ def pack(
         described = [{"name": path.name, **layout.totals(*packs)} for path, packs in todo]
         return writer.finish(
             counts={**plan.counts, **totals},
-            names=names,
+            names=[*names, *([HELD_OUT_FILE] if config.hold_out else [])],
             command=command or [],
             extra={**_description(source, config), **totals, "shards": described},
         )
@@ -113,19 +116,12 @@ def _read_plan(
 ) -> Plan:
     columns = read_columns(source.parts)
     index = StepIndex(columns)
-    rejected = _rejected(source)
+    rejected = rejected_trajectories(source)
     judgements = None
     if labels is not None:
         judgements = read_judgements(labels, columns, index, soft=config.soft, rejected=rejected)
     factors = [read_factors(path, columns, index, rejected=rejected) for path in weight_files]
     return make_plan(columns, config, judgements=judgements, factors=factors)
-
-
-def _rejected(source: Manifest) -> frozenset[str]:
-    """Return the trajectories that `tokenize` could not take: their labels have no tokens."""
-    path = source.path / REJECTED_FILE
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    return frozenset(orjson.loads(line)["trajectory_id"] for line in lines)
 
 
 def _labels_input(labels: Path) -> dict[str, Any]:

@@ -27,7 +27,13 @@ import pyarrow.parquet as pq
 from srft_prep import __version__
 from srft_prep.errors import ConfigError
 from srft_prep.manifest import MANIFEST, PROGRESS, Manifest, describe_file, read_manifest
-from srft_prep.schemas import LABELS_FILE, REJECTED_FILE, REQUESTS_FILE, SCHEMA_VERSION
+from srft_prep.schemas import (
+    HELD_OUT_FILE,
+    LABELS_FILE,
+    REJECTED_FILE,
+    REQUESTS_FILE,
+    SCHEMA_VERSION,
+)
 
 PLAN: Final = "plan.json"
 LEDGERS: Final = "ledger-*.jsonl"
@@ -128,7 +134,7 @@ class StageWriter:
             "config": self.plan["config"],
             "inputs": self.plan["inputs"],
             "counts": counts,
-            "files": [describe_file(self.path / name) for name in names],
+            "files": [{**describe_file(self.path / name), "name": name} for name in names],
             **(extra or {}),
         }
         write_bytes(self.path / MANIFEST, orjson.dumps(data, option=orjson.OPT_INDENT_2) + b"\n")
@@ -232,7 +238,7 @@ class StageWriter:
         (self.progress / PLAN).unlink(missing_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
         made = {self.path / name for name in names}
-        for pattern in ("part-*.parquet", "shard-*.parquet", "rejected.jsonl"):
+        for pattern in ("part-*.parquet", "shard-*.parquet", REJECTED_FILE, HELD_OUT_FILE):
             made.update(self.path.glob(pattern))
         for file in made:
             if not fnmatch(file.name, LEDGERS):

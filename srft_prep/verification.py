@@ -21,9 +21,17 @@ import pyarrow.parquet as pq
 from srft_prep.config import OUTCOMES
 from srft_prep.judgements import are_distributions
 from srft_prep.manifest import Manifest, read_manifest, sha256_of
+from srft_prep.schemas import (
+    HELD_OUT_FILE,
+    LABELS_FILE,
+    REQUESTS,
+    REQUESTS_FILE,
+    SHARDS,
+    TOKENS,
+    TRAJECTORIES,
+)
 from srft_prep.schemas import LABELS as LABELS_SCHEMA
-from srft_prep.schemas import LABELS_FILE, REQUESTS, REQUESTS_FILE, SHARDS, TOKENS, TRAJECTORIES
-from srft_prep.shard_checks import ShardSums
+from srft_prep.shard_checks import ShardSums, check_held_out
 from srft_prep.shard_files import IGNORED
 from srft_prep.token_checks import check_columns
 from srft_prep.trajectories import trajectory_of
@@ -136,7 +144,7 @@ def _check_bytes(path: Path, file: dict[str, Any]) -> Iterator[str]:
 
 def _check_lines(path: Path, manifest: Manifest) -> Iterator[str]:
     """Check the rejected records; a ledger may hold torn lines, which `label` counts."""
-    if path.name.startswith("ledger-"):
+    if path.name.startswith("ledger-") or path.name == HELD_OUT_FILE:
         return
     lines = path.read_bytes().splitlines()
     if len(lines) != manifest.counts.get("rejected"):
@@ -358,6 +366,7 @@ def _check_totals(manifest: Manifest, seen: _Seen) -> Iterator[str]:
         totals["fill"] = totals["num_tokens"] / room if room else None
         yield from seen.sums.check_trajectories()
         yield from seen.sums.check_manifest(manifest)
+        yield from check_held_out(manifest, seen.ids)
     for name, found in totals.items():
         for place in (manifest.counts, manifest.data):
             if name in place and place[name] != found:

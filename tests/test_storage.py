@@ -301,7 +301,7 @@ def test_a_changed_table_is_never_an_input(data: bytes) -> None:
         (b"", "damaged, not JSON"),
         (b"[]", "damaged: expected an object with schema_version"),
         ({"schema_version": 2}, "schema version 2, this program reads 1; use the srft-prep versi"),
-        ({"stage": "train"}, "damaged: stage: expected one of ingest, label, tokenize, pack"),
+        ({"stage": "review"}, "damaged: stage: expected one of ingest, label, tokenize, pack"),
         ({"stage": ["ingest"]}, "damaged: stage"),
         ({"counts": []}, "damaged: counts: expected dict, got list"),
         ({"counts": {}}, "damaged: counts.trajectories is missing"),
