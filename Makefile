@@ -44,6 +44,12 @@ $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	@$(PIP) install --group dev $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@
 
+# What train needs; with the test tools all of it is there already.
+$(VENV)/.train: $(VENV)/.base pyproject.toml
+	@echo "setting up $(VENV): torch and what else training needs"
+	@$(PIP) install -e ".[lora]" $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
 # vLLM has an environment of its own: it wants an older transformers than the rest is tested with.
 # Its CPU build needs torch 2.13.0+cpu; where that is not to be had, the vllm tests are not run.
 # torchvision and its kin come as CUDA builds that a CPU torch cannot load: they are removed.
@@ -105,6 +111,25 @@ tokenize: $(VENV)/.base  ## Token ids and step spans: OUT=... TOKENIZER=PATH_OR_
 pack: $(VENV)/.base  ## Packed, weighted shards: OUT=... [RECIPE=... SEQ_LEN=...]
 	@$(BIN)/srft-prep pack $(OUT)/tokens --labels $(OUT)/labels --recipe $(RECIPE) \
 		--seq-len $(SEQ_LEN) -o $(OUT)/shards-$(RECIPE) $(ARGS) || test $$? -eq 1
+
+# Without SHARDS and MODEL: a tiny random model on the example runs, some tasks held out (a minute, CPU).
+# With several GPUs it runs under torchrun; GPUS=1 takes one.
+SHARDS ?=
+GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m srft_prep,$(BIN)/srft-prep)
+
+.PHONY: train
+train: $(VENV)/.train  ## Train: SHARDS=... MODEL=... [OUT=... ARGS=...]; without them a tiny model on the example runs
+ifeq ($(SHARDS)$(MODEL),)
+	@test -f $(QUICK)/tokens/manifest.json -a -f $(QUICK)/labels/manifest.json || $(MAKE) --no-print-directory quickstart
+	@$(BIN)/srft-prep pack $(QUICK)/tokens --labels $(QUICK)/labels --seq-len 4096 --hold-out 0.3 -o $(QUICK)/train-shards --overwrite
+	@$(BIN)/srft-prep train $(QUICK)/train-shards --tiny --held-out $(QUICK)/tokens --labels $(QUICK)/labels -o $(QUICK)/trained --overwrite $(ARGS)
+	@echo
+	@echo "The model: $(QUICK)/trained/model    what happened: $(QUICK)/trained/metrics.jsonl, tensorboard --logdir $(QUICK)/trained"
+else
+	@test -n "$(SHARDS)" -a -n "$(MODEL)" || { echo "give both: SHARDS=DIR MODEL=PATH_OR_ID"; exit 2; }
+	@$(LAUNCH) train $(SHARDS) --model $(MODEL) -o $(OUT)/trained $(ARGS)
+endif
 
 .PHONY: test
 test: setup  ## Set up and run all tests that can run here

@@ -21,6 +21,7 @@ from srft_prep.label_commands import label
 from srft_prep.options import FOLDER, json_option
 from srft_prep.pack_commands import pack
 from srft_prep.token_commands import tokenize
+from srft_prep.train_commands import train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,11 +29,11 @@ from srft_prep.token_commands import tokenize
 def cli() -> None:
     """Turn agent runs into weighted, packed training data by step rejection fine-tuning.
 
-    The stages: ingest, label, tokenize, pack. Each reads a directory and writes one.
+    The stages: ingest, label, tokenize, pack, train. Each reads a directory and writes one.
     """
 
 
-for stage in (ingest, label, tokenize, pack, export):
+for stage in (ingest, label, tokenize, pack, train, export):
     cli.add_command(stage)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("ingest", "label", "tokenize", "pack", "export", "stats", "inspect", "verify")
+COMMANDS = ("ingest", "label", "tokenize", "pack", "train", "export", "stats", "inspect", "verify")
 
 
 def help_of(*words: str) -> str:

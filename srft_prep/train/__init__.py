@@ -1,0 +1,1 @@
+"""The training loop: packed, weighted shards into a model, exact for any split."""

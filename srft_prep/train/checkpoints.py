@@ -1,0 +1,224 @@
+"""Distributed checkpoints that are whole or not there, written while training goes on.
+
+    checkpoints/step-00000200/__0_0.distcp ...   what each rank wrote (torch.distributed.checkpoint)
+    checkpoints/step-00000200/.metadata          which tensor lies where
+    checkpoints/step-00000200/complete.json      written last: every file's size and SHA-256
+    checkpoints/.step-00000200.tmp/              being written, or left by a killed run
+
+`save` copies weights and optimiser state to host memory, which is all that training waits for; a
+thread writes them, flushes them to the disk, hashes what it wrote, and names the folder by rename.
+So kill -9 leaves whole checkpoints only. `load` believes no folder before it has compared sizes and
+hashes with complete.json (each rank those of a share of the files), and takes the newest sound one.
+Tensors are stored by name and place, not by rank: another number of ranks loads them as well.
+
+The group of a checkpoint's own collectives is apart from training's, so that the two never mix.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Self
+
+import orjson
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.optim import Optimizer
+
+from srft_prep.errors import ShardError
+from srft_prep.manifest import describe_file, sha256_of
+from srft_prep.storage import write_bytes
+
+COMPLETE: Final = "complete.json"
+_NAME: Final = re.compile(r"step-(\d{8})")
+_OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""Frozen weights (a LoRA run's model) are those of the model that was loaded."""
+
+
+class Checkpoints:
+    """A run's checkpoints; all ranks make one and call its methods together.
+
+    Use as a context manager: leaving it waits for what is being written.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.say = say
+        self._group = dist.new_group(backend="gloo")
+        self._rank = dist.get_rank()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Begin to write the state after `step` steps; the state may change once this returns.
+
+        Waits for the checkpoint before, whose failure it raises.
+        """
+        self.wait()
+        temporary = self.folder / f".step-{step:08d}.tmp"
+        if self._rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier(self._group)
+        written = async_save(
+            _state_of(model, optimizer),
+            storage_writer=FileSystemWriter(temporary, single_file_per_rank=True),
+            process_group=self._group,
+        )
+        assert isinstance(written, Future)
+        self._under_way = self._writer.submit(self._complete, written, temporary, step)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written; raise what went wrong."""
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.result()
+
+    def load(self, model: nn.Module, optimizer: Optimizer) -> int | None:
+        """Load the newest sound checkpoint and return its number of steps; None without any.
+
+        Damaged ones that are newer are said and moved aside (`.damaged`).
+
+        Raises:
+            ShardError: there are checkpoints, and none is sound.
+        """
+        steps: list[int] = self._on_first_rank(self._steps)
+        for step in steps:
+            path = self.folder / _name(step)
+            if problem := self._problem(path):
+                self.say(f"{path}: {problem}; trying the checkpoint before it")
+                self._on_first_rank(partial(_set_aside, path))
+                continue
+            state = _state_of(model, optimizer)
+            load(state, storage_reader=FileSystemReader(path), process_group=self._group)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=_OPTIONS,
+            )
+            return step
+        if steps:
+            raise ShardError(
+                f"{self.folder}: no checkpoint is whole; delete the folder to begin again"
+            )
+        return None
+
+    def _steps(self) -> list[int]:
+        """Return the steps of all checkpoints, newest first; drop what a killed run left."""
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        return sorted(_steps_in(self.folder), reverse=True)
+
+    def _problem(self, path: Path) -> str | None:
+        """Return what is wrong with a checkpoint, in all ranks alike; each looks at its share."""
+        try:
+            files = orjson.loads((path / COMPLETE).read_bytes())["files"]
+            found = None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            files, found = [], f"{COMPLETE} cannot be read ({error})"
+        for file in files[self._rank :: dist.get_world_size()]:
+            if found := _difference(path / file["name"], file):
+                break
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, found, group=self._group)
+        return next(filter(None, told), None)
+
+    def _complete(self, written: "Future[Any]", temporary: Path, step: int) -> None:
+        """Name a checkpoint, all of it being on the disk; drop the oldest ones."""
+        written.result()
+        mine = sorted(temporary.glob(f"__{self._rank}_*"))
+        described: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(described, [describe_file(path) for path in mine], self._group)
+        if self._rank == 0:
+            files = [file for part in described for file in part]
+            files.append(describe_file(temporary / ".metadata"))
+            about = {"step": step, "world_size": len(described), "files": files}
+            write_bytes(temporary / COMPLETE, orjson.dumps(about, option=orjson.OPT_INDENT_2))
+            final = self.folder / _name(step)
+            if final.exists():
+                _set_aside(final)
+            temporary.rename(final)
+            _flush(self.folder)
+            self._prune()
+        dist.barrier(self._group)
+
+    def _prune(self) -> None:
+        for step in sorted(_steps_in(self.folder))[: -self.keep]:
+            leaving = self.folder / f".{_name(step)}.tmp"
+            (self.folder / _name(step)).rename(leaving)
+            shutil.rmtree(leaving)
+
+    def _on_first_rank(self, call: Callable[[], Any]) -> Any:
+        """Return, in all ranks, what a call returns in the first."""
+        box = [call() if self._rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
+    # A frozen weight with two names (tied embeddings) keeps the second: torch looks at one only.
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if not weight.requires_grad:
+            weights.pop(name, None)
+    return {"model": weights, "optimizer": moments}
+
+
+def _steps_in(folder: Path) -> list[int]:
+    names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
+    return [int(name[1]) for name in names if name]
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _difference(path: Path, file: dict[str, Any]) -> str | None:
+    """Return how a file differs from what was written, or None."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return f"{path.name} is missing"
+    if size != file["bytes"]:
+        return f"{path.name} is cut short: {file['bytes']} bytes were written, {size} are there"
+    if sha256_of(path) != file["sha256"]:
+        return f"{path.name} was changed since it was written"
+    return None
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename durable."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

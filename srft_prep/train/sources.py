@@ -1,0 +1,115 @@
+"""Where a run's model comes from, and whether its tokenizer is the one that shards were made with.
+
+Token ids mean nothing without their tokenizer: a model that has another one is refused, since it
+would train on other words, without a single error on the way.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from srft_prep.chat import load_backend, tokenizer_path
+from srft_prep.errors import ConfigError
+from srft_prep.manifest import Manifest, hash_of, sha256_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TINY: Final[dict[str, Any]] = {
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+"""The model of `--tiny`: what `tiny_model` is given beside the vocabulary.
+
+Heads have 32 values, the fewest that vLLM's attention takes on a CPU."""
+
+
+def model_input(model: str | None) -> dict[str, Any]:
+    """Return how a manifest names a model: by content, not by where it lies; None is `--tiny`.
+
+    A folder's configuration goes in as it is, its weight files by name and size: to hash them would
+    take minutes for what a run then reads once.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if model is None:
+        return {"path": "--tiny", "model": hash_of(TINY)}
+    folder = Path(model)
+    if not folder.is_dir():
+        return {"path": model, "model": hash_of(_hub_revision(model))}
+    if (digest := sha256_of(folder / "config.json")) is None:
+        raise ConfigError(
+            f"--model {model}: expected a model's folder, but there is no config.json"
+        )
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    sizes = [[path.name, path.stat().st_size] for path in weights]
+    return {"path": model, "model": hash_of([digest, sizes])}
+
+
+def choose_tokenizer(model: str | None, shards: Manifest) -> tuple[str | None, str | None]:
+    """Return the tokenizer of a run, and what the user should know of it.
+
+    It is the model's own where that is the shards', otherwise the shards' if that is here.
+
+    Raises:
+        ConfigError: the model's tokenizer gives tokens other ids than the shards' did.
+    """
+    named, wanted = str(shards.data["tokenizer"]), shards.data["tokenizer_hash"]
+    own = _load(model) if model is not None else None
+    if own and own[1] == wanted:
+        return model, None
+    theirs = _load(named)
+    if theirs and theirs[1] != wanted:
+        theirs = None
+    if own and not (theirs and _ids(own[0]) == _ids(theirs[0])):
+        raise ConfigError(
+            f"--model {model}: its tokenizer is not the one that the shards were made with "
+            f"({named}): ids would mean other tokens; choose the model that tokenize was run for, "
+            f"or run it again with --tokenizer {model}"
+        )
+    if theirs is None:
+        return None, f"{named}, the shards' tokenizer, is not here: the model is saved without one"
+    if own:
+        return named, f"the model is saved with the shards' tokenizer, {named} (the ids are equal)"
+    return named, None
+
+
+def num_ids(tokenizer: str | None) -> int:
+    """Return how many rows of an embedding a tokenizer's ids need; 0 for None."""
+    if tokenizer is None:
+        return 0
+    backend, _ = load_backend(tokenizer)
+    return 1 + max(backend.get_vocab(with_added_tokens=True).values())
+
+
+def saved_tokenizer(tokenizer: str | None) -> str | None:
+    """Return a tokenizer's folder or hub id."""
+    return None if tokenizer is None else tokenizer_path(tokenizer)
+
+
+def _load(source: str) -> "tuple[Tokenizer, str] | None":
+    try:
+        return load_backend(source, option="--model")
+    except ConfigError:
+        return None
+
+
+def _ids(tokenizer: "Tokenizer") -> dict[str, int]:
+    return tokenizer.get_vocab(with_added_tokens=True)
+
+
+def _hub_revision(model: str) -> list[Any]:
+    """Return what a model at the hub is called in full: its configuration and its commit."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--model {model}: no folder, and no model at the hub: {reason}"
+        ) from None
+    return [config.to_dict(), getattr(config, "_commit_hash", None)]
