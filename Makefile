@@ -116,7 +116,7 @@ pack: $(VENV)/.base  ## Packed, weighted shards: OUT=... [RECIPE=... SEQ_LEN=...
 # With several GPUs it runs under torchrun; GPUS=1 takes one.
 SHARDS ?=
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
-LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --nproc-per-node $(GPUS) -m srft_prep,$(BIN)/srft-prep)
+LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --shutdown-timeout 1800 --nproc-per-node $(GPUS) -m srft_prep,$(BIN)/srft-prep)
 
 .PHONY: train
 train: $(VENV)/.train  ## Train: SHARDS=... MODEL=... [OUT=... ARGS=...]; without them a tiny model on the example runs
