@@ -4,8 +4,9 @@
 
 The files of SHARDS, an output of `pack` (left out: of the shared runs, labelled by the rules), are
 copied under new names until there are `--mtok` million tokens: more than the loader keeps decoded,
-so that nothing comes from memory twice. They lie in the page cache. A round takes every way once, in
-turns, since the machine is shared; the ratios are what counts. Delivered is what the consumer holds: int64 tensors of ids and positions.
+so that nothing comes from memory twice. They lie in the page cache. A round takes every way once,
+in turns, since the machine is shared; the ratios are what counts. Delivered is what the consumer
+holds: int64 tensors of ids and positions.
 
 `ceiling`     the column of ids alone, file by file, two files at a time; Arrow's buffers, int32
 `ours`        `Loader`, one sequence a micro-batch, trimmed, shuffled

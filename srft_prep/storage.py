@@ -226,7 +226,10 @@ class StageWriter:
     def _sweep(self) -> None:
         """Remove what a killed process left half-written."""
         for leftover in [*self.path.glob(".*.tmp"), *self.progress.glob(".*.tmp")]:
-            leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
     def _clear(self, names: list[str]) -> None:
         """Drop an earlier plan's files, but never what a critic was paid for.

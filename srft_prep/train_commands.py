@@ -51,13 +51,11 @@ def _steps(
 @click.option(
     "--lora", is_flag=True, help="Train adapters of all linear layers; also saved merged."
 )
-@click.option("--lora-rank", type=click.IntRange(1, 4096), default=32, show_default=True)
+@click.option("--lora-rank", type=click.IntRange(1, 4096), help="Of the adapters.  [default: 32]")
 @click.option(
     "--lora-alpha",
     type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Adapters count alpha / rank.",
+    help="Adapters count alpha / rank.  [default: 64]",
 )
 @_steps("--epochs", "Passes over the shards.  [default: 1; with --tiny 8]", least=1)
 @_steps("--max-steps", "Optimiser steps, at most; the schedule ends there.", least=1)
@@ -185,10 +183,12 @@ def train(
         raise ConfigError("--labels is for the evaluation of --held-out TOKENS: give both")
     _require_torch()
     from srft_prep.progress import shown
+    from srft_prep.train.agreement import TOLD
     from srft_prep.train.settings import RunOptions, TrainConfig
     from srft_prep.train.training import Job
     from srft_prep.train.training import train as run
 
+    rank = int(os.environ.get("RANK", "0"))
     options, config = _split(settings, tiny=tiny)
     job = Job(
         shards=shards,
@@ -205,11 +205,17 @@ def train(
     try:
         with shown("train", total=None, unit="steps") as progress:
             manifest = run(job, progress=progress)
-    except (SrftError, KeyboardInterrupt):
-        if os.environ.get("RANK", "0") != "0":  # the first rank says it
-            raise click.exceptions.Exit(2) from None
+    except KeyboardInterrupt:
+        if rank:
+            raise click.exceptions.Exit(130) from None
         raise
-    if os.environ.get("RANK", "0") == "0":
+    except SrftError as error:
+        if not rank:
+            raise
+        if TOLD not in getattr(error, "__notes__", ()):
+            click.echo(f"Error: rank {rank}: {error}", err=True)
+        raise click.exceptions.Exit(2) from None
+    if not rank:
         finish(manifest, as_json, failed=False)
 
 
@@ -228,8 +234,12 @@ def _split(settings: dict[str, Any], *, tiny: bool) -> tuple[dict[str, Any], dic
     lora = settings.pop("lora")
     options = {name: settings.pop(name) for name in _OPTIONS}
     settings["trim"] = not settings.pop("no_trim")
-    if not lora:
-        settings["lora_rank"] = 0
+    adapters = {name: settings.pop(name) for name in _ADAPTERS}
+    given = {name: value for name, value in adapters.items() if value is not None}
+    if given and not lora:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ConfigError(f"{option} is for adapters: give --lora, too")
+    settings |= {**_ADAPTERS, **given} if lora else {"lora_rank": 0}
     for name, value in _DEFAULTS["tiny" if tiny else "lora" if lora else "full"].items():
         if settings[name] is None:
             settings[name] = value
@@ -237,6 +247,8 @@ def _split(settings: dict[str, Any], *, tiny: bool) -> tuple[dict[str, Any], dic
         settings["precision"] = "bfloat16" if torch.cuda.is_available() else "float32"
     return options, settings
 
+
+_ADAPTERS: Final = {"lora_rank": 32, "lora_alpha": 64}
 
 _OPTIONS: Final = (
     "micro_batch_sequences",

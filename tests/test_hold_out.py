@@ -163,6 +163,16 @@ def test_another_plan_leaves_no_list_behind(tokens: Path, tmp_path: Path) -> Non
     assert not (manifest.path / "held_out.jsonl").exists()
 
 
+def test_what_a_killed_run_left_is_cleared_by_another_plan(tokens: Path, tmp_path: Path) -> None:
+    """Killed behind the list and before the manifest."""
+    folder = pack(tokens, tmp_path / "shards", config(hold_out=0.3)).path
+    (folder / ".progress").mkdir()
+    (folder / ".progress" / "plan.json").write_bytes(orjson.dumps({"stage": "pack"}))
+    (folder / "manifest.json").unlink()
+    pack(tokens, folder, config(), overwrite=True)
+    assert not (folder / "held_out.jsonl").exists()
+
+
 def test_verify_finds_a_list_that_does_not_fit_the_shards(tokens: Path, tmp_path: Path) -> None:
     folder = pack(tokens, tmp_path / "shards", config(hold_out=0.3)).path
     path = folder / "held_out.jsonl"

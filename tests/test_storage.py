@@ -107,6 +107,8 @@ def test_an_unfinished_run_goes_on_after_its_journal(tmp_path: Path) -> None:
         assert writer.entry("part-0") is None
         writer.record("part-0", {"rows": 3})
         (out / ".part-00001.parquet.tmp").write_bytes(b"half")
+        (out / ".model.tmp").mkdir()
+        (out / ".model.tmp" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ShardError, match=r"unfinished: .* give its command again"):
         read_manifest(out)
     with opened(out) as writer:

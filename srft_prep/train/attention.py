@@ -7,7 +7,8 @@ that to the shape of a mask and gets it wrong without a word in several ways of 
 - CPU: one `scaled_dot_product_attention` per document, sliding windows in bands of queries.
 - CUDA in 16 bits: `torch.nn.attention.varlen.varlen_attn`, one call for the row (in 32 bits, which
   that kernel does not have, as on CPU).
-- Score caps (Gemma 2) and attention sinks (gpt-oss): written out, in bands of queries, anywhere.
+- Score caps (Gemma 2) and attention sinks (gpt-oss): written out, in bands of queries, anywhere;
+  the backward pass computes a band's scores again, so that one band's are held at a time.
 - Sequence parallelism: each rank of a group holds a stretch of the row; queries, keys and values
   are exchanged, so that a rank has all tokens of some heads, and back (`ulysses`).
 
@@ -25,11 +26,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from srft_prep.errors import TrainError
-from srft_prep.train.ulysses import to_heads, to_tokens
+from srft_prep.train.ulysses import misfit, to_heads, to_tokens
 
 ATTENTION: Final = "srft_packed"
 """The name to give as `attn_implementation`."""
@@ -100,6 +102,8 @@ def packed_attention(
     _check_handed(module, sliding_window, softcap, s_aux)
     assert layout is not None
     if (group := layout.group) is not None:
+        if what := misfit(group.size(), query_heads=query.shape[1], key_heads=key.shape[1]):
+            raise TrainError(what)
         query, key, value = (to_heads(part, group) for part in (query, key, value))
         s_aux = None if s_aux is None else s_aux.chunk(group.size())[group.rank()]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -200,8 +204,25 @@ def _attend_by_document(
             stop = min(start + BAND_TOKENS, length)
             first = 0 if window is None else max(0, start - window + 1)
             band = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-            seen = _band_mask(start, stop, first, window, q.device)
-            outputs.append(_attend_band(*band, seen, scale, softcap, sinks))
+            if softcap is None and sinks is None:
+                seen = _band_mask(start, stop, first, window, q.device)
+                outputs.append(
+                    F.scaled_dot_product_attention(
+                        *band, attn_mask=seen, scale=scale, enable_gqa=True
+                    )
+                )
+                continue
+            output = checkpoint(
+                _attend_band,
+                *band,
+                (start, stop, first, window),
+                scale,
+                softcap,
+                sinks,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            outputs.append(output)
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
@@ -219,16 +240,13 @@ def _attend_band(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor,
+    place: tuple[int, int, int, int | None],
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return attention of some queries under a boolean mask."""
-    if softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, scale=scale, enable_gqa=True
-        )
+    """Return attention of some queries, whose place is as `_band_mask` takes it, written out."""
+    seen = _band_mask(*place, query.device)
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     scores = query @ key.transpose(2, 3) * scale

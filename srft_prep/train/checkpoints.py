@@ -10,11 +10,15 @@ thread writes them, flushes them to the disk, hashes what it wrote, and names th
 So kill -9 leaves whole checkpoints only. `load` believes no folder before it has compared sizes and
 hashes with complete.json (each rank those of a share of the files), and takes the newest sound one.
 Tensors are stored by name and place, not by rank: another number of ranks loads them as well.
+Nothing but tensors is stored: AdamW's settings are those of the run that goes on. So a checkpoint
+of someone else's can run no code: names of classes that `.metadata` has no use for are refused, and
+what is no tensor is never read.
 
 The group of a checkpoint's own collectives is apart from training's, so that the two never mix.
 """
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -24,9 +28,12 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import orjson
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -36,14 +43,30 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
-from srft_prep.errors import ShardError
+from srft_prep.errors import ConfigError, ShardError
 from srft_prep.manifest import describe_file, sha256_of
 from srft_prep.storage import write_bytes
+from srft_prep.train.agreement import agreed
 
 COMPLETE: Final = "complete.json"
 _NAME: Final = re.compile(r"step-(\d{8})")
 _OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, strict=False)
 """Frozen weights (a LoRA run's model) are those of the model that was loaded."""
+_METADATA: Final = ".metadata"
+_CLASSES: Final = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+            *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+}
+"""What `.metadata` is made of, torch's dtypes aside."""
 
 
 class Checkpoints:
@@ -78,12 +101,9 @@ class Checkpoints:
         """
         self.wait()
         temporary = self.folder / f".step-{step:08d}.tmp"
-        if self._rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier(self._group)
+        agreed(partial(_make_empty, temporary), self._group)
         written = async_save(
-            _state_of(model, optimizer),
+            _tensors_of(*_state_of(model, optimizer)),
             storage_writer=FileSystemWriter(temporary, single_file_per_rank=True),
             process_group=self._group,
         )
@@ -99,25 +119,32 @@ class Checkpoints:
     def load(self, model: nn.Module, optimizer: Optimizer) -> int | None:
         """Load the newest sound checkpoint and return its number of steps; None without any.
 
-        Damaged ones that are newer are said and moved aside (`.damaged`).
+        Damaged ones that are newer are said and moved aside (`.damaged`). The optimiser's settings
+        (weight decay, betas, ...) stay what they are.
 
         Raises:
             ShardError: there are checkpoints, and none is sound.
+            ConfigError: the newest sound one is of another model: nothing was loaded.
         """
-        steps: list[int] = self._on_first_rank(self._steps)
+        steps = agreed(self._steps, self._group)
         for step in steps:
             path = self.folder / _name(step)
             if problem := self._problem(path):
                 self.say(f"{path}: {problem}; trying the checkpoint before it")
-                self._on_first_rank(partial(_set_aside, path))
+                agreed(partial(_set_aside, path), self._group)
                 continue
-            state = _state_of(model, optimizer)
-            load(state, storage_reader=FileSystemReader(path), process_group=self._group)
+            weights, moments = _state_of(model, optimizer)
+            tensors = _tensors_of(weights, moments)
+            _require_same_tensors(path, tensors)
+            try:
+                load(tensors, storage_reader=FileSystemReader(path), process_group=self._group)
+            except CheckpointException as error:  # no Exception: nothing else would catch it
+                raise ShardError(f"{path}: cannot be loaded: {error}") from None
             set_state_dict(
                 model,
                 optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
+                model_state_dict=weights,
+                optim_state_dict=moments,
                 options=_OPTIONS,
             )
             return step
@@ -155,7 +182,7 @@ class Checkpoints:
         dist.all_gather_object(described, [describe_file(path) for path in mine], self._group)
         if self._rank == 0:
             files = [file for part in described for file in part]
-            files.append(describe_file(temporary / ".metadata"))
+            files.append(describe_file(temporary / _METADATA))
             about = {"step": step, "world_size": len(described), "files": files}
             write_bytes(temporary / COMPLETE, orjson.dumps(about, option=orjson.OPT_INDENT_2))
             final = self.folder / _name(step)
@@ -172,20 +199,68 @@ class Checkpoints:
             (self.folder / _name(step)).rename(leaving)
             shutil.rmtree(leaving)
 
-    def _on_first_rank(self, call: Callable[[], Any]) -> Any:
-        """Return, in all ranks, what a call returns in the first."""
-        box = [call() if self._rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
 
-
-def _state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def _state_of(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a run's weights and its optimiser's state, the tensors being those in use."""
     weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
     # A frozen weight with two names (tied embeddings) keeps the second: torch looks at one only.
     for name, weight in model.named_parameters(remove_duplicate=False):
         if not weight.requires_grad:
             weights.pop(name, None)
-    return {"model": weights, "optimizer": moments}
+    return weights, moments
+
+
+def _tensors_of(weights: dict[str, Any], moments: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds: every tensor by its name."""
+    return {f"model.{name}": weight for name, weight in weights.items()} | {
+        f"optimizer.{name}.{key}": value
+        for name, entry in moments["state"].items()
+        for key, value in entry.items()
+    }
+
+
+def _require_same_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raise for a checkpoint whose tensors are not, by name and shape, those of the run."""
+    stored = {
+        name: tuple(each.size) if isinstance(each, TensorStorageMetadata) else None
+        for name, each in _read_metadata(path / _METADATA).state_dict_metadata.items()
+    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(stored.keys() | wanted.keys()):
+        there, here = stored.get(name, "no tensor"), wanted.get(name, "no tensor")
+        if there != here:
+            raise ConfigError(
+                f"{path}: {name}: the checkpoint has {there}, the model {here}: it is of another "
+                "model; give the one that the run was begun with, or choose another -o"
+            )
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata` and calls nothing that does not belong there."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the known classes, or a dtype."""
+        if (module, name) in _CLASSES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    """Return a checkpoint's metadata.
+
+    Raises:
+        ShardError: something else is in the file.
+    """
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise ShardError(f"{path}: is not what a checkpoint's metadata are: {error}") from None
+    if not isinstance(metadata, Metadata):
+        raise ShardError(f"{path}: is not what a checkpoint's metadata are")
+    return metadata
 
 
 def _steps_in(folder: Path) -> list[int]:
@@ -213,6 +288,11 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _flush(folder: Path) -> None:

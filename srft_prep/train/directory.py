@@ -2,133 +2,258 @@
 
 The rules are those of every stage (`storage`): the same settings and inputs go on or do nothing,
 others are refused, `overwrite` begins anew. A run adds `resume`: others are said and taken, from
-the last checkpoint. Checkpoints carry the hash of the plan that made them, so that no run ever goes
-on from a state that another one left behind.
+the last checkpoint, unless the checkpoint or its place in the data means nothing with them.
+
+A directory is locked at once, and stays what it was while the run is prepared: `begin` clears what
+an earlier run left, `adopt` takes other settings when a checkpoint was loaded with them. So a run
+that cannot begin (no such model, held-out tokens of other shards, documents that leak) harms none.
+
+Checkpoints carry the hash of the plan that made them, so that no run ever goes on from a state that
+another one left behind; what does not tell whose it is is never deleted.
 """
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import orjson
 
 from srft_prep import __version__
 from srft_prep.errors import ConfigError
-from srft_prep.manifest import MANIFEST, PROGRESS, hash_of
+from srft_prep.manifest import MANIFEST, PROGRESS, Manifest, hash_of
 from srft_prep.storage import PLAN, StageWriter, write_bytes
 from srft_prep.train.hf_export import ADAPTER, MODEL
 from srft_prep.train.metrics import METRICS, TENSORBOARD
 from srft_prep.train.settings import TrainConfig, changes
 
 CHECKPOINTS: Final = "checkpoints"
+STAGE: Final = "train"
 _OWNER: Final = "plan.json"
-_FIXED: Final = ("lora_rank",)
-"""Settings without which a checkpoint's tensors have no place to go to."""
+_FIXED: Final = {
+    "lora_rank": "the checkpoint has other weights",
+    "batch_sequences": "a step's place in the data follows from it: some would be left out or seen "
+    "twice",
+    "seed": "the order of the data follows from it: some would be left out or seen twice",
+}
+"""Settings without which a checkpoint means nothing, and why."""
+_INPUTS: Final = ("shards", "model")
 
 
-def open_directory(
-    output: Path,
-    config: TrainConfig,
-    inputs: list[dict[str, Any]],
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    say: Callable[[str], None],
-) -> StageWriter:
-    """Lock a run's directory and bring it to a state to go on from.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """What a run wants of a directory."""
 
-    Args:
-        output: the directory.
-        config: the run's settings.
-        inputs: what the manifest says of shards and model.
-        resume: go on from the last checkpoint whatever changed.
-        overwrite: begin anew if anything changed.
-        say: tells the user what changed.
+    output: Path
+    """The directory."""
+    config: TrainConfig
+    """The run's settings."""
+    inputs: list[dict[str, Any]]
+    """What the manifest says of shards and model."""
+    resume: bool = False
+    """Go on from the last checkpoint although something changed."""
+    overwrite: bool = False
+    """Begin anew if anything changed."""
 
-    Raises:
-        ConfigError: the directory holds something else, another process writes there, settings
-            changed and neither `resume` nor `overwrite` is set, or both are.
-    """
-    if resume and overwrite:
-        raise ConfigError("--resume goes on and --overwrite begins anew: choose one")
-    before = _plan_before(output) if resume else None
-    changed = [] if before is None else _changes(before, config, inputs)
-    with_changes = resume and bool(changed)
-    writer = StageWriter.open(
-        output,
-        stage="train",
-        config=asdict(config),
-        inputs=inputs,
-        overwrite=overwrite,
-        accumulates=with_changes,
-    )
-    try:
-        for line in changed:
+
+class RunDirectory:
+    """A locked directory; use as a context manager."""
+
+    def __init__(self, claim: Claim, *, say: Callable[[str], None]) -> None:
+        """Lock the directory; what stands there stays.
+
+        Args:
+            claim: what the run wants of it.
+            say: tells the user what changed.
+
+        Raises:
+            ConfigError: the directory holds something else, another process writes there, settings
+                changed and neither `resume` nor `overwrite` is set, or both are, or `resume`
+                cannot go on with these.
+        """
+        self.claim = claim
+        self._before = _plan_before(claim.output)
+        self._changes = () if self._before is None else _changes(self._before, claim)
+        self._refuse()
+        for line in self._changes if claim.resume else ():
             say(f"--resume: {line}")
-        if with_changes:
-            (output / MANIFEST).unlink(missing_ok=True)
-        elif writer.finished is None:
-            _clear_foreign(output, _plan_hash(writer.plan))
-        if writer.finished is None:
-            (output / CHECKPOINTS).mkdir(exist_ok=True)
-            owner = {"plan": _plan_hash(writer.plan)}
-            write_bytes(output / CHECKPOINTS / _OWNER, orjson.dumps(owner))
-    except BaseException:
-        writer.__exit__()
-        raise
-    return writer
+        self._fresh = not any((claim.output / name).exists() for name in (MANIFEST, PROGRESS))
+        self._existed = claim.output.exists()
+        self._begun = False
+        self._lock = ExitStack()
+        self._writer = self._lock.enter_context(self._open())
+        self.finished: Manifest | None = None if self._changes else self._writer.finished
+        """Set where this very run was finished before: there is nothing to do."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let the lock go; a directory where nothing began is left as it was found."""
+        if self._fresh and not self._begun:
+            shutil.rmtree(self._writer.progress, ignore_errors=True)
+            if not self._existed:
+                with suppress(OSError):
+                    self.claim.output.rmdir()
+        self._lock.close()
+
+    def begin(self) -> None:
+        """Clear what an earlier run left, unless this one goes on from it; nothing else can fail.
+
+        Raises:
+            ConfigError: another process took the directory this moment.
+        """
+        self._begun = True
+        claim = self.claim
+        if self._changes and claim.overwrite:
+            self._lock.close()
+            writer = StageWriter.open(
+                claim.output,
+                stage=STAGE,
+                config=asdict(claim.config),
+                inputs=claim.inputs,
+                overwrite=True,
+            )
+            self._writer = self._lock.enter_context(writer)
+        if self._writer.finished is None:
+            _clear_foreign(claim.output, _plan_hash(self._writer.plan))
+            self._own(self._writer.plan)
+
+    def adopt(self) -> None:
+        """Make the run's settings those of the directory, if they changed and it goes on.
+
+        A kill at any time leaves the plan of before or the new one, with checkpoints that are its.
+        """
+        if not (self._changes and self.claim.resume):
+            return
+        writer, output = self._writer, self.claim.output
+        new = {"config": asdict(self.claim.config), "inputs": self.claim.inputs}
+        old, new = writer.plan, {**writer.plan, **orjson.loads(orjson.dumps(new))}
+        writer.progress.mkdir(exist_ok=True)
+        write_bytes(writer.progress / PLAN, orjson.dumps(old))
+        (output / MANIFEST).unlink(missing_ok=True)
+        self._own(old, new)
+        write_bytes(writer.progress / PLAN, orjson.dumps(new))
+        self._own(new)
+        writer.plan, writer.finished = new, None
+
+    def finish(self, **result: Any) -> Manifest:
+        """Write the manifest: `StageWriter.finish`."""
+        return self._writer.finish(**result)
+
+    def _open(self) -> StageWriter:
+        """Return the writer of the plan that the directory has, or has not yet."""
+        config, inputs = asdict(self.claim.config), self.claim.inputs
+        accumulates = False
+        if self._before is not None and self._changes:
+            config, inputs = self._before["config"], self._before["inputs"]
+            # another version's unfinished run would be refused, whatever its settings
+            accumulates = not (self.claim.output / MANIFEST).exists()
+        return StageWriter.open(
+            self.claim.output, stage=STAGE, config=config, inputs=inputs, accumulates=accumulates
+        )
+
+    def _own(self, *plans: dict[str, Any]) -> None:
+        owner = {"plans": [_plan_hash(plan) for plan in plans]}
+        folder = self.claim.output / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        write_bytes(folder / _OWNER, orjson.dumps(owner))
+
+    def _refuse(self) -> None:
+        """Raise for what the directory cannot be used for."""
+        claim = self.claim
+        if claim.resume and claim.overwrite:
+            raise ConfigError("--resume goes on and --overwrite begins anew: choose one")
+        checkpoints = claim.output / CHECKPOINTS
+        if _owners(claim.output) is None and (steps := sorted(checkpoints.glob("step-*"))):
+            raise ConfigError(
+                f"{checkpoints}: holds {steps[0].name}, but no {_OWNER} that says of which run: "
+                "restore it, move the checkpoints away, or choose another -o"
+            )
+        if self._before is None or not self._changes:
+            return
+        fixed = list(_reasons(self._before, claim))
+        if claim.resume and fixed:
+            raise ConfigError(
+                f"--resume: {'; '.join(fixed)}; give it as it was, or choose another -o"
+            )
+        if not (claim.resume or claim.overwrite):
+            state = "a finished" if (claim.output / MANIFEST).exists() else "an unfinished"
+            resume = "" if fixed else "say --resume to go on from its last checkpoint, "
+            raise ConfigError(
+                f"{claim.output}: holds {state} train with other settings or inputs "
+                f"({'; '.join(self._changes)}); {resume}choose another -o, or say --overwrite to "
+                "begin anew"
+            )
 
 
 def _plan_before(output: Path) -> dict[str, Any] | None:
-    """Return what the last run here was about: the unfinished one, or the finished one."""
-    for path in (output / PROGRESS / PLAN, output / MANIFEST):
+    """Return what the last run here was about: the finished one, or the unfinished one."""
+    for path in (output / MANIFEST, output / PROGRESS / PLAN):
         try:
             plan = orjson.loads(path.read_bytes())
         except (OSError, orjson.JSONDecodeError):
             continue
-        if isinstance(plan, dict) and plan.get("stage") == "train":
+        if isinstance(plan, dict) and plan.get("stage") == STAGE:
             return plan
     return None
 
 
-def _changes(
-    before: dict[str, Any], config: TrainConfig, inputs: list[dict[str, Any]]
-) -> list[str]:
-    """Return what differs between two runs' plans, a line each.
-
-    Raises:
-        ConfigError: something differs with which the checkpoint cannot be loaded.
-    """
-    for name in _FIXED:
-        if before["config"].get(name) != getattr(config, name):
-            raise ConfigError(
-                f"--resume: {name} was {before['config'].get(name)}, got "
-                f"{getattr(config, name)}: the checkpoint has other weights; give it as it was, or "
-                "choose another -o"
-            )
-    lines = changes(before["config"], config)
-    if before.get("package_version") != __version__:
+def _changes(before: dict[str, Any], claim: Claim) -> tuple[str, ...]:
+    """Return what differs between two runs' plans, a line each."""
+    lines = changes(before["config"], claim.config)
+    unfinished = not (claim.output / MANIFEST).exists()
+    if unfinished and before.get("package_version") != __version__:
         lines.append(f"srft-prep: {before.get('package_version')} before, {__version__} now")
-    names = ("shards", "model")
-    for name, old, new in zip(names, before["inputs"], inputs, strict=False):
+    for name, old, new in zip(_INPUTS, before["inputs"], claim.inputs, strict=True):
         if _portable(old) != _portable(new):
-            lines.append(f"{name}: {old.get('path')} before, {new.get('path')} now")
-    return lines
+            same = " (its content changed)" if old.get("path") == new.get("path") else ""
+            lines.append(f"{name}: {old.get('path')} before, {new.get('path')} now{same}")
+    return tuple(lines)
+
+
+def _reasons(before: dict[str, Any], claim: Claim) -> list[str]:
+    """Return why a run's checkpoints cannot be gone on from, a reason each."""
+    pairs = {
+        name: (before["config"].get(name), getattr(claim.config, name), reason)
+        for name, reason in _FIXED.items()
+    }
+    reasons = [
+        f"{name} was {old}, got {new}: {reason}"
+        for name, (old, new, reason) in pairs.items()
+        if old != new
+    ]
+    old, new = before["inputs"][0], claim.inputs[0]
+    if _portable(old) != _portable(new):
+        reasons.append(
+            f"the shards were {old.get('path')}, got {new.get('path')}, with other contents: a "
+            "step's place in the data means nothing there"
+        )
+    return reasons
+
+
+def _owners(output: Path) -> list[str] | None:
+    """Return the hashes of the plans that the checkpoints may be of; None if nothing tells."""
+    try:
+        owners: list[str] = orjson.loads((output / CHECKPOINTS / _OWNER).read_bytes())["plans"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return owners
 
 
 def _clear_foreign(output: Path, plan_hash: str) -> None:
     """Remove what a run of another plan left; its checkpoints last, which tell whose it was."""
-    try:
-        owner = orjson.loads((output / CHECKPOINTS / _OWNER).read_bytes()).get("plan")
-    except (OSError, orjson.JSONDecodeError):
-        owner = None
-    if owner == plan_hash:
+    if plan_hash in (_owners(output) or ()):
         return
     (output / METRICS).unlink(missing_ok=True)
-    for name in (TENSORBOARD, MODEL, ADAPTER, CHECKPOINTS):
+    for name in (TENSORBOARD, MODEL, ADAPTER):
         shutil.rmtree(output / name, ignore_errors=True)
+    checkpoints = output / CHECKPOINTS
+    for path in checkpoints.glob("step-*"):  # before the file that tells whose they are
+        shutil.rmtree(path)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _plan_hash(plan: dict[str, Any]) -> str:

@@ -4,12 +4,14 @@ Here every token that the agent wrote is looked at, whatever it weighs in traini
 step rejection is for: the NLL of good steps should fall, that of harmful steps of unresolved
 trajectories should not fall with it.
 
-Each trajectory is one document, cut behind the last step that fits; documents are packed as those
-of the training set are. Memory: 4 bytes a held-out token.
+A trajectory longer than a packed sequence is looked at in windows, whatever `pack` did with such:
+each step once, with what came before it as context. Only steps that fill a window are left out, and
+counted. Documents are packed as those of the training set are. Memory: 4 bytes a held-out token.
 
 Legend: L loss-bearing positions.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -61,7 +63,7 @@ class HeldOutBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """The held-out trajectories of a training set, as packed sequences of whole documents."""
+    """The held-out trajectories of a training set, as packed sequences of their documents."""
 
     sequences: tuple[PackedSequence, ...]
     """Each run is a step."""
@@ -71,8 +73,12 @@ class HeldOut:
     """Of each sequence's runs: what they would weigh in training."""
     num_trajectories: int
     """Trajectories that are looked at."""
+    labelled: bool
+    """Whether labels were given."""
     weighted: bool
     """Whether the weights are known: without labels they are not, where the recipe needs some."""
+    left_out: tuple[int, int]
+    """Steps that are longer than a window, and their tokens."""
 
     @classmethod
     def open(
@@ -84,7 +90,7 @@ class HeldOut:
             tokens: the output of `tokenize` that the shards were packed from.
             labels: output of `label`, or a labels file; without it no step has a label.
             shards: of the shards, packed with `--hold-out`.
-            limit: trajectories to look at, at most: the first of the list.
+            limit: trajectories to look at, at most: of all, those whose ids have the least hash.
 
         Raises:
             ShardError: nothing was held out, or the tokens are not those of the shards.
@@ -92,14 +98,10 @@ class HeldOut:
         """
         config = PackConfig(**shards.data["config"])
         source = read_manifest(tokens, stage="tokenize").checked()
-        theirs = source.data["tokenizer"]["tokenizer_hash"]
-        if theirs != shards.data["tokenizer_hash"]:
-            raise ShardError(
-                f"{tokens}: made with tokenizer {theirs[:12]}, the shards in {shards.path} with "
-                f"{shards.data['tokenizer_hash'][:12]}; give the tokens that were packed"
-            )
+        _require_packed(source, shards)
         columns = read_columns(source.parts)
-        names = [each.trajectory_id for each in read_held_out(shards.path)][:limit]
+        held_out = [each.trajectory_id for each in read_held_out(shards.path)]
+        names = sorted(held_out, key=_hash_of)[:limit]
         documents = _documents(columns, names, config, tokens)
         judgements = None
         if labels is not None:
@@ -119,7 +121,9 @@ class HeldOut:
             groups=tuple(groups[steps] for _, steps in made),
             weights=tuple(weights[steps] for _, steps in made),
             num_trajectories=len(np.unique(columns.trajectories[documents.rows])),
+            labelled=judgements is not None,
             weighted=judgements is not None or not RECIPES[config.recipe].needs_labels,
+            left_out=_left_out(columns, documents, names),
         )
 
     @property
@@ -129,6 +133,36 @@ class HeldOut:
         for sequence, groups in zip(self.sequences, self.groups, strict=True):
             np.add.at(counts, groups, sequence.run_lengths)
         return {name: int(counts[groups].sum()) for name, groups in _named(counts > 0).items()}
+
+    def remarks(self) -> list[str]:
+        """Return what to know before reading the values: how much is measured, and what is not."""
+        tokens = self.num_tokens
+        labels = [*LABELS] if self.labelled else []
+        outcomes = ["resolved", "unresolved"]
+        names = [*labels, *outcomes]
+        counts = ", ".join(f"{name} {tokens[name]:,}" for name in names if name in tokens)
+        said = [
+            f"held out: {self.num_trajectories:,} trajectories, {tokens['all']:,} tokens of their "
+            f"agents ({counts or 'of unknown outcome'})"
+        ]
+        pairs = [
+            f"{outcome}/{label}"
+            for outcome in outcomes
+            for label in labels
+            if outcome in tokens and label in tokens
+        ]
+        if missing := [name for name in (*names, *pairs) if name not in tokens]:
+            said.append(
+                f"held out: no token is {', '.join(missing)}: no NLL of these; give a larger "
+                "--evaluate-trajectories, or pack with a larger --hold-out"
+            )
+        steps, lost = self.left_out
+        if steps:
+            said.append(
+                f"held out: {steps:,} steps with {lost:,} tokens are longer than a packed sequence "
+                "and not measured"
+            )
+        return said
 
     def batches(self, *, rank: int = 0, world_size: int = 1) -> Iterator[HeldOutBatch]:
         """Yield one rank's batches, of at most `seq_len` tokens; each rank has as many."""
@@ -157,11 +191,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Return mean NLLs in nats per token; all ranks call it, all get the same.
 
-    `nll/all` is of every token that agents wrote, `nll/good` of those of good steps,
-    `nll/unresolved` of those of unresolved trajectories, `nll/unresolved/harmful` of both; what no
-    token belongs to is left out. `nll/weighted` is the training loss, sum(w nll) / sum(w), under
-    the recipe's weights of steps, without those of parts and characters; it is left out where no
-    weight is known.
+    `nll/all` is of every token that agents wrote in steps that fit, `nll/good` of good steps,
+    `nll/unresolved` of unresolved trajectories, `nll/unresolved/harmful` of both; what no token
+    belongs to is left out (`HeldOut.remarks` names it). `nll/weighted` is the training loss,
+    sum(w nll) / sum(w), under the recipe's weights of steps, without those of parts and characters;
+    it is left out where no weight is known.
 
     Args:
         held_out: what to look at.
@@ -203,30 +237,71 @@ def _named(seen: "NDArray[np.bool_]") -> "dict[str, NDArray[np.bool_]]":
     return {name: groups for name, groups in by_name.items() if groups.any()}
 
 
+def _require_packed(source: Manifest, shards: Manifest) -> None:
+    """Raise for tokens that are not those that the shards were packed from.
+
+    Raises:
+        ShardError: another tokenizer, another template or other trajectories.
+    """
+    made = source.data["tokenizer"]
+    packed = {each["sha256"] for each in shards.data["inputs"] if each.get("stage") == "tokenize"}
+    content = source.as_input()["sha256"]
+    found = {
+        "tokenizer": (made["tokenizer_hash"], shards.data["tokenizer_hash"]),
+        "chat template": (made["template_hash"], shards.data["template_hash"]),
+        "contents": (content, min(packed - {content}, default=content)),
+    }
+    for what, (theirs, expected) in found.items():
+        if theirs != expected:
+            raise ShardError(
+                f"{source.path}: hash of the {what}: expected {expected[:12]}, as of the tokens "
+                f"that {shards.path} was packed from, got {theirs[:12]}; give those tokens"
+            )
+
+
+def _hash_of(name: str) -> bytes:
+    """Return what trajectories are chosen by: the list has them by source, their ids, too."""
+    return hashlib.blake2b(name.encode(), digest_size=16, person=b"srft-evaluate").digest()
+
+
 def _documents(
     columns: TokenColumns, names: list[str], config: PackConfig, tokens: Path
 ) -> Documents:
-    """Return the documents of held-out trajectories."""
-    places = {name: place for place, name in enumerate(columns.names)}
-    if missing := [name for name in names if name not in places]:
+    """Return the documents of held-out trajectories, each step in one of them."""
+    if missing := sorted({*names} - {*columns.names}):
         raise ShardError(
-            f"{tokens}: no trajectory {missing[0]}, which was held out; give the tokens that were "
-            "packed"
+            f"{tokens}: no trajectory {missing[0]}, which the shards' list of what was held out "
+            "names; restore that list, or run pack again"
         )
-    chosen = np.isin(columns.trajectories, [places[name] for name in names])
+    chosen = _rows_of(columns, names)
     documents = cut_rows(
         np.flatnonzero(chosen & (columns.num_tokens > 0)),
         columns.num_tokens,
         (columns.span_offsets, columns.starts, columns.ends),
         seq_len=config.seq_len,
-        overlong="truncate",
+        overlong="windows",
     )
     if not len(documents.rows):
         raise ShardError(
-            f"{tokens}: none of the {len(names)} held-out trajectories can be looked at: run pack "
-            "with a larger --hold-out or --seq-len"
+            f"{tokens}: none of the {len(names)} held-out trajectories can be looked at: give a "
+            "larger --evaluate-trajectories, or run pack with a larger --hold-out or --seq-len"
         )
     return documents
+
+
+def _rows_of(columns: TokenColumns, names: list[str]) -> "NDArray[np.bool_]":
+    """Return whether each token row is one of the named trajectories'."""
+    wanted = set(names)
+    named = np.array([name in wanted for name in columns.names], np.bool_)
+    return named[columns.trajectories]
+
+
+def _left_out(columns: TokenColumns, documents: Documents, names: list[str]) -> tuple[int, int]:
+    """Return the number of steps that are in no document, and of their tokens."""
+    lengths = columns.ends - columns.starts
+    lost = _rows_of(columns, names)[columns.span_rows()] & (lengths > 0)
+    lost &= documents.of_steps(len(lengths)) < 0
+    return int(lost.sum()), int(lengths[lost].sum())
 
 
 def _of_steps(
@@ -257,7 +332,7 @@ def _read_ids(columns: TokenColumns, documents: Documents) -> "dict[int, NDArray
                     lists = pa.concat_arrays(column.chunks)
                     for place in places.tolist():
                         whole = lists[int(documents.rows[place]) - first].values.to_numpy()
-                        ids[place] = whole[: documents.ends[place]].copy()
+                        ids[place] = whole[documents.starts[place] : documents.ends[place]].copy()
                 first = last
     return ids
 
@@ -274,11 +349,14 @@ def _sequence(
     steps, starts, ends = [], [], []
     for document, bound in zip(members.tolist(), bounds.tolist(), strict=True):
         places = np.arange(documents.first_steps[document], documents.last_steps[document])
-        first = np.maximum(columns.starts[places], 1)  # nothing predicts a document's first token
-        there = first < columns.ends[places]
+        start = documents.starts[document]
+        # nothing predicts a document's first token
+        first = np.maximum(columns.starts[places] - start, 1)
+        end = columns.ends[places] - start
+        there = first < end
         steps.append(places[there])
         starts.append(first[there] + bound)
-        ends.append(columns.ends[places][there] + bound)
+        ends.append(end[there] + bound)
     run_starts = np.concatenate(starts)
     sequence = PackedSequence(
         ids=np.concatenate([ids[member] for member in members.tolist()]),

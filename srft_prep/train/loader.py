@@ -13,14 +13,15 @@ Threads make steps ahead. Memory holds `prefetch` steps and some windows of deco
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+import torch
 
 from srft_prep.errors import ConfigError
 from srft_prep.train.batches import Batch, assemble
@@ -148,7 +149,9 @@ class Loader:
             ours = self.shards.groups[self._members]
             return self._members[epoch_order(ours, window=self.window, seed=self.seed, epoch=epoch)]
 
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="srft-loader")
+        pool = ThreadPoolExecutor(
+            THREADS, thread_name_prefix="srft-loader", initializer=_same_device(self.pin_memory)
+        )
         ahead: deque[Future[StepBatches]] = deque()
         try:
             for step in range(self.first_step, self.num_steps):
@@ -185,6 +188,17 @@ class Loader:
             num_trimmed=int((shards.tokens[chosen] - kept).sum()),
             epoch=self._places(step).stop / self.num_sequences,
         )
+
+
+def _same_device(pin_memory: bool) -> Callable[[], None] | None:
+    """Return what lets a new thread work with this thread's GPU, or None where none is used.
+
+    A thread begins with GPU 0. Page-locking memory there would make every rank of a machine open a
+    context on it, of some hundred MB each.
+    """
+    if not pin_memory or not torch.cuda.is_available():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def deal(

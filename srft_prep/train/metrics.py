@@ -112,7 +112,11 @@ class Recorder:
     def record_held_out(self, step: int, values: Mapping[str, float]) -> None:
         """Write and show one evaluation after `step` steps."""
         self._write("held_out", {"step": step, **values}, step)
-        words = (f"{name.removeprefix('nll/')} {value:.3f}" for name, value in values.items())
+        words = (
+            f"{name.removeprefix('nll/')} {value:.3f}"
+            for name, value in values.items()
+            if name.startswith("nll/")
+        )
         self.progress.say(f"held-out NLL after step {step}: {', '.join(words)}")
 
     def _write(self, kind: str, values: Mapping[str, Any], step: int) -> None:
@@ -197,8 +201,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _drop_behind(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    """Drop the lines of steps that will be done again, and all of a run that begins."""
+    kept = [line for line in read_metrics(path.parent) if step and line["step"] <= step]
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.writelines(orjson.dumps(line) + b"\n" for line in kept)
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -115,27 +116,51 @@ def load_model(
             receive theirs in `shard_model`.
 
     Raises:
-        ConfigError: there is no such model, or its architecture cannot be trained packed.
+        ConfigError: there is no such model, a weight is missing, damaged or of another shape, or
+            the architecture cannot be trained packed.
     """
     register()
     try:
         config = AutoConfig.from_pretrained(path)
         require_packable(config)
         if weights:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, attn_implementation=ATTENTION
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with names
             )
+            model, info = loaded
+            _require_all_weights(path, info)
         else:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                     config, dtype=dtype, attn_implementation=ATTENTION
                 )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"{path}: expected a causal language model (a folder with config.json and weights, or "
             f"a name at the hub): {error}"
         ) from error
     return WeightedModel(model, chunk=chunk).train()
+
+
+def _require_all_weights(path: Path | str, info: dict[str, Any]) -> None:
+    """Raise where transformers filled up with random values; tied weights are not missing.
+
+    Raises:
+        ConfigError: a weight is missing, or has another shape than the configuration says.
+    """
+    lines = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    for name, there, expected in sorted(info["mismatched_keys"]):
+        lines.append(f"{name}: expected {tuple(expected)}, got {tuple(there)}")
+    if lines:
+        more = f" and {len(lines) - 5:,} more" if len(lines) > 5 else ""
+        raise ConfigError(
+            f"{path}: the weights do not fit config.json: {'; '.join(lines[:5])}{more}; they would "
+            "be random: download the model again"
+        )
 
 
 def tiny_model(

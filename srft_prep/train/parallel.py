@@ -23,9 +23,11 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedConfig
 
 from srft_prep.errors import ConfigError
-from srft_prep.train.model import WeightedModel, decoder_layers
+from srft_prep.train.model import WeightedModel, causal_lm, decoder_layers
+from srft_prep.train.ulysses import misfit
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits: loading a large model takes rank 0 minutes."""
@@ -107,6 +109,21 @@ def started(*, sequence_parallel: int = 1) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def require_heads(config: PreTrainedConfig, sequence_parallel: int) -> None:
+    """Raise where so many ranks cannot share out the heads of a model of this configuration.
+
+    Raises:
+        ConfigError: the degree does not fit the heads.
+    """
+    text = config.get_text_config()
+    query_heads = getattr(text, "num_attention_heads", None)
+    if sequence_parallel == 1 or not query_heads:  # attention finds what is said nowhere
+        return
+    key_heads = getattr(text, "num_key_value_heads", None) or query_heads
+    if what := misfit(sequence_parallel, query_heads=query_heads, key_heads=key_heads):
+        raise ConfigError(f"--sequence-parallel {sequence_parallel}: {what}")
+
+
 def shard_model(
     model: WeightedModel, world: World, *, param_dtype: torch.dtype = torch.float32
 ) -> WeightedModel:
@@ -120,7 +137,11 @@ def shard_model(
         model: The model, with adapters, checkpointing and compilation already applied.
         world: The processes.
         param_dtype: Of the forward and backward pass.
+
+    Raises:
+        ConfigError: the ranks that share rows cannot share out the model's heads.
     """
+    require_heads(causal_lm(model.model).config, world.sequence_parallel)
     model.group = world.sequence_group
     tensors = [*model.named_parameters(), *model.named_buffers()]
     source = {name: tensor.detach() for name, tensor in tensors} if world.rank == 0 else {}

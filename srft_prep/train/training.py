@@ -6,27 +6,27 @@
     OUT/manifest.json                       written last: a directory without it is unfinished
 
 Every rank of torchrun calls `train` with the same job. The first one holds the directory's lock and
-writes; what it finds wrong there, all ranks raise.
+writes; what it finds wrong there, all ranks raise. All that can be wrong with a job (its model, its
+held-out tokens, documents that leak) is found before anything in the directory changes.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from srft_prep.critic.flops import NoShape, shape_of
-from srft_prep.errors import ConfigError, SrftError
-from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.errors import ConfigError
+from srft_prep.manifest import Manifest, read_manifest, sha256_of
 from srft_prep.progress import Progress, Silent
-from srft_prep.storage import StageWriter
+from srft_prep.train.agreement import agreed, together
 from srft_prep.train.checkpoints import Checkpoints
 from srft_prep.train.data import ShardSet
-from srft_prep.train.directory import CHECKPOINTS, open_directory
+from srft_prep.train.directory import CHECKPOINTS, Claim, RunDirectory
 from srft_prep.train.heldout import HeldOut, evaluate
 from srft_prep.train.hf_export import export_model
 from srft_prep.train.leaks import check_leaks
@@ -51,8 +51,6 @@ from srft_prep.train.sources import TINY, choose_tokenizer, model_input, num_ids
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _MULTIPLE: Final = 64
 """Rows of a tiny model's embedding are a multiple of it."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,94 +90,128 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
     """
     with started(sequence_parallel=job.options.sequence_parallel) as world, ExitStack() as stack:
         shown = (progress if world.rank == 0 else None) or Silent()
-        writers: list[StageWriter] = []
+        directories: list[RunDirectory] = []
 
-        def open_writer() -> tuple[Manifest | None, str | None]:
+        def open_directory() -> tuple[Manifest | None, str | None, dict[str, Any]]:
             shards = read_manifest(job.shards, stage="pack").checked()
             tokenizer, remark = choose_tokenizer(job.model, shards)
-            inputs = [shards.as_input(), model_input(job.model)]
-            writer = open_directory(
-                job.output,
-                job.config,
-                inputs,
+            claim = Claim(
+                output=job.output,
+                config=job.config,
+                inputs=[shards.as_input(), model_input(job.model)],
                 resume=job.resume,
                 overwrite=job.overwrite,
-                say=shown.say,
             )
-            writers.append(stack.enter_context(writer))
-            if remark:
+            directory = stack.enter_context(RunDirectory(claim, say=shown.say))
+            directories.append(directory)
+            if remark and not directory.finished:
                 shown.say(remark)
-            return writer.finished, tokenizer
+            return directory.finished, tokenizer, {} if directory.finished else _about(job)
 
-        finished, tokenizer = agreed(open_writer, world)
+        finished, tokenizer, about = agreed(open_directory)
         if finished:
             return finished
-        counts, names = _train(job, world, tokenizer, shown)
-
-        def finish() -> Manifest:
-            (writer,) = writers
-            about = {"tokenizer": tokenizer, "world_size": world.world_size}
-            return writer.finish(counts=counts, names=names, command=list(job.command), extra=about)
-
-        return agreed(finish, world)
-
-
-def agreed(call: Callable[[], Result], world: World) -> Result:
-    """Return, in all ranks, what a call returns in the first; what it raises there, all raise."""
-    box: list[Any] = [None, None]
-    if world.rank == 0:
-        try:
-            box[0] = call()
-        except SrftError as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    result: Result = box[0]
-    return result
+        prepared = _prepare(job, world, tokenizer, shown)
+        agreed(lambda: directories[0].begin())
+        _run(job, prepared, shown, loaded=lambda: directories[0].adopt())
+        names = export_model(
+            prepared.trainer.model,
+            job.output,
+            dtype=DTYPES[job.config.precision],
+            tokenizer=saved_tokenizer(tokenizer),
+        )
+        about = {"tokenizer": tokenizer, "world_size": world.world_size, **about}
+        return agreed(
+            lambda: directories[0].finish(
+                counts=_counts(job.output), names=names, command=list(job.command), extra=about
+            )
+        )
 
 
-def _train(
-    job: Job, world: World, tokenizer: str | None, progress: Progress
-) -> tuple[dict[str, Any], list[str]]:
-    """Run the loop and export the model; return the manifest's counts and files."""
-    config, options = job.config, job.options
+def _about(job: Job) -> dict[str, Any]:
+    """Return what a manifest says of a run beside its plan: none of it decides the weights.
+
+    Raises:
+        ShardError: `held_out` or `labels` is no finished directory of its stage.
+    """
+    evaluated: dict[str, Any] | None = None
+    if job.held_out is not None:
+        labels: dict[str, Any] | None = None
+        if job.labels is not None and job.labels.is_dir():
+            labels = read_manifest(job.labels, stage="label").as_input()
+        elif job.labels is not None:
+            labels = {"path": str(job.labels), "file": "labels", "sha256": sha256_of(job.labels)}
+        tokens = read_manifest(job.held_out, stage="tokenize").as_input()
+        evaluated = {"tokens": tokens, "labels": labels}
+    return {"options": asdict(job.options), "held_out": evaluated}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """A run that can begin."""
+
+    trainer: Trainer
+    shards: ShardSet
+    measure: Callable[[], Mapping[str, float]] | None
+    """What looks at held-out trajectories."""
+
+
+def _prepare(job: Job, world: World, tokenizer: str | None, progress: Progress) -> _Prepared:
+    """Make all that a run needs, and look for what could be wrong with it."""
     shards = ShardSet.open(job.shards, check=False)
+    num_steps = _loader(shards, job.config, job.options, world, first_step=0).num_steps
     model = _build(job, world, num_ids(tokenizer))
-    optimizer = make_optimizer(model, config)
-    measure = _evaluation(job, shards, model, world)
+    measure = _evaluation(job, shards, model, world, progress)
+    trainer = Trainer(
+        model=model,
+        optimizer=make_optimizer(model, job.config),
+        config=job.config,
+        world=world,
+        num_steps=num_steps,
+        shape=shape_of(causal_lm(model.model).config.to_dict()),
+    )
+    check_leaks(model, device=world.device)
+    return _Prepared(trainer=trainer, shards=shards, measure=measure)
+
+
+def _run(job: Job, prepared: _Prepared, progress: Progress, *, loaded: Callable[[], None]) -> None:
+    """Do the steps that are left.
+
+    Args:
+        job: what to train on what.
+        prepared: the model and all that takes it further.
+        progress: where to say what goes on.
+        loaded: called in the first rank once the last checkpoint is in the model.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, or beyond the run's last step.
+        KeyboardInterrupt: asked to stop.
+    """
+    trainer, options, world = prepared.trainer, job.options, prepared.trainer.world
     with Checkpoints(
         job.output / CHECKPOINTS, keep=options.keep_checkpoints, say=progress.say
     ) as checkpoints:
-        first = checkpoints.load(model, optimizer) or 0
-        loader = _loader(shards, config, options, world, first_step=first)
-        trainer = Trainer(
-            model=model,
-            optimizer=optimizer,
-            config=config,
-            world=world,
-            num_steps=loader.num_steps,
-            shape=shape_of(causal_lm(model.model).config.to_dict()),
-        )
-        check_leaks(model, device=world.device)
-        _introduce(trainer, loader, shards, progress)
+        first = checkpoints.load(trainer.model, trainer.optimizer) or 0
+        if first > trainer.num_steps:
+            given = job.config.max_steps
+            raise ConfigError(
+                f"--resume goes on after step {first}, but "
+                + ("the run now ends" if given is None else f"--max-steps is {given}: it ends")
+                + f" after step {trainer.num_steps}; give a larger --max-steps or --epochs"
+            )
+        agreed(loaded)
+        loader = _loader(prepared.shards, job.config, options, world, first_step=first)
+        _introduce(trainer, loader, prepared.shards, progress)
         with ExitStack() as stack:
             recorder = None
             if world.rank == 0:
                 recorder = stack.enter_context(_recorder(job.output, trainer, first, progress))
             stack.enter_context(interruptible(trainer.interrupt))
             ended = run_steps(
-                trainer, loader, checkpoints, options, recorder=recorder, evaluate=measure
+                trainer, loader, checkpoints, options, recorder=recorder, evaluate=prepared.measure
             )
     if not ended:
         raise KeyboardInterrupt
-    names = export_model(
-        model,
-        job.output,
-        dtype=DTYPES[config.precision],
-        tokenizer=saved_tokenizer(tokenizer),
-    )
-    return _counts(job.output), names
 
 
 def _build(job: Job, world: World, ids: int) -> WeightedModel:
@@ -188,6 +220,12 @@ def _build(job: Job, world: World, ids: int) -> WeightedModel:
     Raises:
         ConfigError: there is no such model, or its embedding has too few rows.
     """
+    model = together(lambda: _assemble(job, ids, weights=world.rank == 0))
+    return shard_model(model, world, param_dtype=DTYPES[job.config.precision])
+
+
+def _assemble(job: Job, ids: int, *, weights: bool) -> WeightedModel:
+    """Return the whole model, with adapters and the like; with `weights`, also their values."""
     config, options = job.config, job.options
     chunk = options.loss_chunk or CHUNK_POSITIONS
     if job.model is None:
@@ -196,7 +234,7 @@ def _build(job: Job, world: World, ids: int) -> WeightedModel:
             raise ConfigError("--tiny needs the shards' tokenizer, for the size of its vocabulary")
         model = tiny_model(rows, seed=config.seed, chunk=chunk, **TINY)
     else:
-        model = load_model(job.model, chunk=chunk, weights=world.rank == 0)
+        model = load_model(job.model, chunk=chunk, weights=weights)
     embedding = causal_lm(model.model).get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     if (rows := embedding.num_embeddings) < ids:
@@ -210,7 +248,7 @@ def _build(job: Job, world: World, ids: int) -> WeightedModel:
         compile_layers(model)
     if options.activation_checkpointing:
         checkpoint_activations(model)
-    return shard_model(model, world, param_dtype=DTYPES[config.precision])
+    return model
 
 
 def _loader(
@@ -235,13 +273,16 @@ def _loader(
 
 
 def _evaluation(
-    job: Job, shards: ShardSet, model: WeightedModel, world: World
+    job: Job, shards: ShardSet, model: WeightedModel, world: World, progress: Progress
 ) -> Callable[[], Mapping[str, float]] | None:
     """Return what measures the model on held-out trajectories, or None where none are given."""
     if job.held_out is None:
         return None
     limit = job.options.evaluate_trajectories
-    held_out = HeldOut.open(job.held_out, job.labels, shards.manifest, limit=limit)
+    tokens, labels = job.held_out, job.labels
+    held_out = together(lambda: HeldOut.open(tokens, labels, shards.manifest, limit=limit))
+    for remark in held_out.remarks():
+        progress.say(remark)
 
     def measure() -> Mapping[str, float]:
         model.eval()
@@ -308,8 +349,6 @@ def _counts(output: Path) -> dict[str, Any]:
     }
     if steps:
         counts["loss"] = steps[-1]["loss"]
-    if held_out:
-        counts["held_out"] = {
-            name: value for name, value in held_out[-1].items() if name not in ("kind", "step")
-        }
+    if steps and held_out and held_out[-1]["step"] == steps[-1]["step"]:
+        counts["held_out"] = {name: held_out[-1][name] for name in held_out[-1] if name != "kind"}
     return counts

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
-from srft_prep.errors import TrainError
 from srft_prep.train.batches import Batch
 
 
@@ -96,20 +95,28 @@ def whole(part: Tensor, first: int, total: int, group: dist.ProcessGroup | None)
     return out
 
 
+def misfit(degree: int, *, query_heads: int, key_heads: int) -> str | None:
+    """Return why heads cannot be shared out among ranks, or None.
+
+    Each rank takes as many query heads as the others. Key heads may be fewer than the ranks: they
+    are repeated.
+    """
+    what = None
+    if query_heads % degree:
+        what = f"{query_heads} query heads, expected a multiple of {degree}"
+    elif key_heads % degree and degree % key_heads:
+        what = f"{key_heads} key heads, expected a multiple or a divisor of {degree}"
+    if what is None:
+        return None
+    return f"sequence parallelism over {degree} ranks: the model has {what}; choose another degree"
+
+
 def to_heads(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return all tokens of this rank's heads, given this rank's tokens of all heads [1, H, t, D].
 
-    Fewer key heads than ranks are repeated first, so that each rank gets the one that it needs.
-
-    Raises:
-        TrainError: the group's size neither divides the heads nor is a multiple of them.
+    Fewer (key) heads than ranks are repeated first, so that each rank gets the one that it needs.
     """
     size, heads = group.size(), part.shape[1]
-    if heads % size and size % heads:
-        raise TrainError(
-            f"sequence parallelism over {size} ranks: the model has {heads} heads, expected a "
-            f"multiple or a divisor of {size}; choose another degree"
-        )
     if heads < size:
         part = part.repeat_interleave(size // heads, dim=1)
         heads = size

@@ -98,6 +98,27 @@ def test_output_and_gradients_are_the_formulas(
         torch.testing.assert_close(grad, value, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("argument", [{"softcap": 2.0}, {"s_aux": torch.zeros(4)}], ids=str)
+def test_no_scores_are_kept_for_the_backward_pass(
+    argument: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BAND_TOKENS", 8)
+    length = 64
+    parts = [torch.randn(1, heads, length, 4, requires_grad=True) for heads in (4, 2, 2)]
+    sizes = {}
+
+    def noted(kept: Tensor) -> Tensor:
+        storage = kept.untyped_storage()  # of queries, keys and values, whose stretches are kept
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda kept: kept):
+        output, _ = packed_attention(LAYER, *parts, None, layout=layout_of((length,)), **argument)
+    inputs = sum(part.untyped_storage().nbytes() for part in parts)
+    assert inputs <= sum(sizes.values()) <= inputs + 4 * 4  # and the sinks
+    assert all(grad.any() for grad in torch.autograd.grad(output.square().sum(), parts))
+
+
 def test_a_documents_output_has_no_gradient_in_another() -> None:
     parts = random_parts()
     output, _ = packed_attention(LAYER, *parts, None, layout=layout_of(LENGTHS))

@@ -1,15 +1,20 @@
 """Checkpoints: whole or not there, believed only after a look at every byte."""
 
+import os
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.optim import AdamW
 
-from srft_prep.errors import ShardError
+from srft_prep.errors import ConfigError, ShardError
+from srft_prep.manifest import describe_file
 from srft_prep.train.checkpoints import COMPLETE, Checkpoints
 from srft_prep.train.model import WeightedModel, add_lora, tiny_model
 from srft_prep.train.optim import make_optimizer
@@ -196,3 +201,60 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path: Path) -> None
         (tmp_path / "folder").write_text("in the way")
         with pytest.raises(OSError, match="folder"):
             checkpoints.save(2, model, optimizer)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    model = made()[0]
+    config = TrainConfig(weight_decay=0.5, beta1=0.8, beta2=0.9, epsilon=1e-6)
+    optimizer = make_optimizer(model, config)
+    with opened(tmp_path)[0] as checkpoints:
+        assert checkpoints.load(model, optimizer) == 2
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.5, 0.0]
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.9)
+        assert group["eps"] == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_size": 64}, r"the checkpoint has \(.*32.*\), the model \(.*64.*\)"),
+        ({"hidden_size": 32, "num_layers": 3}, r"layers\.2\..* has no tensor, the model \("),
+        ({"hidden_size": 32, "num_layers": 1}, r"layers\.1\..* has \(.*\), the model no tensor"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_changed(
+    settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, 2)
+    model = tiny_model(96, tie_word_embeddings=True, **settings)
+    optimizer = make_optimizer(model, TrainConfig())
+    before = [weight.detach().clone() for weight in model.parameters()]
+    with opened(tmp_path)[0] as checkpoints, pytest.raises(ConfigError, match=message):
+        checkpoints.load(model, optimizer)
+    assert_same([weight.detach() for weight in model.parameters()], before)
+    assert load(tmp_path)[0] == 2
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    write(tmp_path, 2)
+    path = tmp_path / "step-00000002"
+    (path / ".metadata").write_bytes(pickle.dumps(Planted(tmp_path / "ran")))
+    about = orjson.loads((path / COMPLETE).read_bytes())
+    about["files"] = [describe_file(path / file["name"]) for file in about["files"]]
+    (path / COMPLETE).write_bytes(orjson.dumps(about))
+    with pytest.raises(ShardError, match=r"mkdir does not belong there"):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -237,6 +238,26 @@ def test_a_loader_that_is_left_early_leaves_no_thread(shards: ShardSet) -> None:
     assert loader_threads()
     steps.close()
     assert not loader_threads()
+
+
+def test_threads_work_with_the_gpu_of_the_thread_that_loads(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch on a machine with several GPUs is pretended: each thread begins with the first."""
+    own = threading.local()
+    own.device = 3
+    pinned: set[tuple[str, int]] = set()
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.add((threading.current_thread().name[:11], getattr(own, "device", 0)))
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(own, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(own, "device", device))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    assert list(Loader(shards, batch_sequences=8, num_steps=4, pin_memory=True))
+    assert pinned == {("srft-loader", 3)}
 
 
 def loader_threads() -> list[str]:

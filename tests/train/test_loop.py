@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from srft_prep.errors import TrainError
+from srft_prep.manifest import read_manifest
 from srft_prep.train.loop import Interrupt, interruptible
 from srft_prep.train.metrics import read_metrics
 from srft_prep.train.settings import RunOptions, TrainConfig
@@ -67,7 +68,12 @@ def test_checkpoints_and_evaluations_change_no_bit(
     for name in names:
         assert held_out[-1][name] < held_out[0][name], name
     counted = manifest.counts["held_out"]
-    assert counted == {name: held_out[-1][name] for name in names}
+    assert counted == {"step": 4} | {name: held_out[-1][name] for name in names}
+    assert manifest.data["held_out"] == {
+        "tokens": read_manifest(examples.tokens).as_input(),
+        "labels": read_manifest(examples.labels).as_input(),
+    }
+    assert manifest.data["options"]["checkpoint_every"] == 1
 
 
 def test_without_trim_the_losses_are_the_same(short_shards: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from srft_prep.errors import ConfigError, TrainError
+from srft_prep.train.hf_export import export_model
 from srft_prep.train.leaks import check_leaks
 from srft_prep.train.model import add_lora, causal_lm, load_model, tiny_model
-from srft_prep.train.parallel import shard_model, started
+from srft_prep.train.parallel import require_heads, shard_model, started
 from srft_prep.train.ulysses import split, whole
 from tests.train.documents import batch_of, random_documents
 from tests.train.ranks import run_ranks
@@ -108,19 +109,81 @@ def test_no_target_is_lost_or_doubled_where_a_row_is_cut() -> None:
     assert all(torch.equal(part[2], row.input_ids) for part in parts)
 
 
-def refusal_of_a_rank() -> str:
-    with started(sequence_parallel=3) as world:
-        model = shard_model(tiny_model(VOCABULARY), world)
-        try:
+@pytest.mark.parametrize(
+    ("size", "query_heads", "key_heads", "what"),
+    [
+        (3, 4, 2, "4 query heads, expected a multiple of 3"),
+        (4, 2, 2, "2 query heads, expected a multiple of 4"),
+        (6, 12, 4, "4 key heads, expected a multiple or a divisor of 6"),
+    ],
+)
+def test_a_degree_that_does_not_fit_the_heads_is_refused(
+    size: int, query_heads: int, key_heads: int, what: str
+) -> None:
+    model = tiny_model(
+        VOCABULARY, hidden_size=48, num_heads=query_heads, num_key_value_heads=key_heads
+    )
+    with pytest.raises(ConfigError, match=f"--sequence-parallel {size}: .*{what}; choose"):
+        require_heads(causal_lm(model.model).config, size)
+
+
+def refusals_of_a_rank() -> tuple[str, str]:
+    """Return what is said of two heads for four ranks, before and, unheeded, in attention."""
+    with started(sequence_parallel=4) as world:
+        model = tiny_model(VOCABULARY, num_heads=2)
+        with pytest.raises(ConfigError) as before:
+            shard_model(model, world)
+        model.group = world.sequence_group
+        with pytest.raises(TrainError) as within:
             model(batch_of([ROW]))
-        except TrainError as error:
-            return str(error)
-    return ""
+        return str(before.value), str(within.value)
 
 
-def test_a_degree_that_does_not_fit_the_heads_is_refused() -> None:
-    for message in run_ranks(3, refusal_of_a_rank):
-        assert "over 3 ranks: the model has 4 heads" in message
+def test_more_ranks_than_query_heads_are_refused_and_nothing_is_repeated() -> None:
+    for messages in run_ranks(4, refusals_of_a_rank):
+        for message in messages:
+            assert "over 4 ranks: the model has 2 query heads" in message
+
+
+def loss_of_a_rank() -> float:
+    with started(sequence_parallel=4) as world:
+        model = shard_model(tiny_model(VOCABULARY, num_key_value_heads=1), world)
+        return model(batch_of([ROW])).item()
+
+
+def test_fewer_key_heads_than_ranks_are_repeated() -> None:
+    expected = tiny_model(VOCABULARY, num_key_value_heads=1)(batch_of([ROW])).item()
+    assert sum(run_ranks(4, loss_of_a_rank)) == pytest.approx(expected, rel=1e-6)
+
+
+def tied_of_a_rank(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return loss and gradients of a model whose head is its embedding, and export it."""
+    with started() as world:
+        model = shard_model(tiny_model(VOCABULARY, tie_word_embeddings=True), world)
+        loss = model(batch_of([[ROW[:2], ROW[2:]][world.rank]]))
+        loss.backward()
+        gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+        export_model(model, folder, dtype=torch.float32, tokenizer=None)
+        return loss.item(), gradients
+
+
+def test_a_tied_embedding_is_one_weight_when_it_is_sharded_too(tmp_path: Path) -> None:
+    """Its gradient has both parts, and what is exported is tied again."""
+    model = tiny_model(VOCABULARY, tie_word_embeddings=True)
+    loss = model(batch_of([ROW]))
+    loss.backward()
+    ranks = run_ranks(2, tied_of_a_rank, tmp_path)
+    assert sum(part for part, _ in ranks) == pytest.approx(loss.item(), rel=1e-6)
+    names = {name for name, _ in model.named_parameters()}
+    assert "model.lm_head.weight" not in names
+    for _, gradients in ranks:
+        assert gradients.keys() == names
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    exported = causal_lm(load_model(tmp_path / "model").model)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    own = causal_lm(model.model).state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in exported.state_dict().items())
 
 
 def bfloat16_of_a_rank() -> tuple[float, set[torch.dtype], float]:

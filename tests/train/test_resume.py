@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from srft_prep.train.metrics import read_metrics
+from tests.tiny_models import EXAMPLE_TOKENIZER, make_tiny_model
 from tests.train.runs import finish, losses_of, started
 
 STEPS = 12
@@ -148,3 +149,15 @@ def test_a_run_killed_before_its_export_only_exports(
     shutil.rmtree(output / "model", ignore_errors=True)
     finish(output, words, ranks=ranks)
     assert weights_of(output) == weights_of(expected)
+
+
+def test_what_the_first_rank_alone_finds_wrong_ends_all_ranks_with_one_message(
+    short_shards: Path, tmp_path: Path
+) -> None:
+    model = make_tiny_model(tmp_path / "model", tokenizer=EXAMPLE_TOKENIZER)
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with started(tmp_path / "run", ("train", short_shards, "--model", model), ranks=2) as run:
+        assert run.wait() == [2, 2], run.said
+        assert run.said.count("expected a causal language model") == 1
+    assert not (tmp_path / "run").exists()

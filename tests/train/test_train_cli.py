@@ -1,6 +1,7 @@
 """`train` as a user runs it: what it writes, what it refuses, and that others load the result."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import orjson
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from srft_prep.manifest import read_manifest
 from srft_prep.train.metrics import read_metrics
@@ -94,7 +96,9 @@ def test_other_settings_are_refused_taken_up_or_begun_anew(
     longer = (*words, "--max-steps", 3, "--schedule", "constant")
     refused = srft_prep(*longer)
     assert refused.status == 2
-    assert "holds a finished train with other settings" in refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert "holds a finished train with other settings or inputs (max_steps: 2 before, 3" in said
+    assert said.index("--resume") < said.index("another -o") < said.index("--overwrite")
 
     resumed = srft_prep(*longer, "--resume")
     assert resumed.status == 0, resumed.stderr
@@ -128,6 +132,187 @@ def test_resume_with_another_kind_of_weights_is_refused(
     assert done.status == 2
     assert "lora_rank was 0, got 32" in done.stderr
     assert read_manifest(trained).counts["steps"] == 3
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def other_shards(examples: Examples, tmp_path: Path) -> Path:
+    """Shards of the same tokens that hold nothing out."""
+    folder = tmp_path / "other"
+    words = ("pack", examples.tokens, "--labels", examples.labels, "-o", folder)
+    done = srft_prep(*words, "--seq-len", 1024, "--overlong", "windows")
+    assert done.status == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-steps", 1), "--resume goes on after step 3, but --max-steps is 1"),
+        (("--batch-sequences", 3), "batch_sequences was 2, got 3: a step's place in the data"),
+        (("--seed", 5), "seed was 0, got 5: the order of the data"),
+    ],
+)
+def test_resume_leaves_out_no_data_and_repeats_none(
+    words: tuple[object, ...], message: str, trained: Path, short_shards: Path
+) -> None:
+    before = contents(trained)
+    done = srft_prep("train", short_shards, *TINY, *words, "-o", trained, "--resume")
+    assert done.status == 2
+    assert message in " ".join(done.stderr.split())
+    assert contents(trained) == before
+
+
+def test_resume_with_other_shards_is_refused(
+    trained: Path, other_shards: Path, short_shards: Path
+) -> None:
+    before = contents(trained)
+    done = srft_prep("train", other_shards, *TINY, "-o", trained, "--resume")
+    assert done.status == 2
+    assert f"the shards were {short_shards}, got {other_shards}" in " ".join(done.stderr.split())
+    assert contents(trained) == before
+
+
+def test_what_turns_out_wrong_late_leaves_a_finished_run_as_it_was(
+    trained: Path, other_shards: Path, short_shards: Path, examples: Examples, tmp_path: Path
+) -> None:
+    settings = (*TINY, "--learning-rate", 0.5)
+    held_out = ("--held-out", examples.tokens)
+    for shards, words in (
+        (short_shards, (*settings, "--held-out", examples.labels)),
+        (short_shards, (*settings, *held_out, "--labels", examples.tokens)),
+        (other_shards, (*settings, *held_out)),
+    ):
+        before = contents(trained)
+        done = srft_prep("train", shards, *words, "-o", trained, "--overwrite")
+        assert done.status == 2, done.stderr
+        assert contents(trained) == before, words
+        new = tmp_path / "new"
+        assert srft_prep("train", shards, *words, "-o", new).status == 2
+        assert not new.exists(), words
+
+
+def test_resume_with_a_model_of_another_shape_leaves_the_run_as_it_was(
+    trained: Path, base: Path, short_shards: Path
+) -> None:
+    before = contents(trained)
+    words = ("--model", base, *TINY[1:], "-o", trained)
+    done = srft_prep("train", short_shards, *words, "--learning-rate", 1e-2, "--resume")
+    assert done.status == 2
+    assert "it is of another model" in " ".join(done.stderr.split())
+    assert contents(trained) == before
+
+
+def test_resume_with_another_weight_decay_decays(short_shards: Path, tmp_path: Path) -> None:
+    norms = []
+    for decay in (0.0, 50.0):
+        output = tmp_path / str(decay)
+        words = ("train", short_shards, "--tiny", "--schedule", "constant", "-o", output)
+        assert srft_prep(*words, "--max-steps", 2).status == 0
+        done = srft_prep(*words, "--max-steps", 4, "--weight-decay", decay, "--resume")
+        assert done.status == 0, done.stderr
+        weights = load_file(output / "model" / "model.safetensors")
+        norms.append(weights["model.layers.0.mlp.up_proj.weight"].norm().item())
+    assert norms[1] < 0.6 * norms[0]
+
+
+def test_checkpoints_of_an_unknown_run_are_never_removed(
+    short_shards: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    words = ("train", short_shards, *TINY, "-o", output)
+    assert srft_prep(*words).status == 0
+    (output / "checkpoints" / "plan.json").unlink()
+    (output / "model" / "model.safetensors").unlink()
+    before = contents(output)
+    for more in ((), ("--overwrite", "--seed", 3), ("--resume", "--learning-rate", 0.1)):
+        done = srft_prep(*words, *more)
+        assert done.status == 2
+        assert "holds step-00000003, but no plan.json" in " ".join(done.stderr.split())
+        assert contents(output) == before
+
+
+def test_what_a_killed_export_left_is_swept_and_the_run_goes_on(
+    short_shards: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    words = ("train", short_shards, *TINY, "-o", output)
+    assert srft_prep(*words).status == 0
+    plan = {key: read_manifest(output).data[key] for key in PLAN_KEYS}
+    (output / ".progress").mkdir()
+    (output / ".progress" / "plan.json").write_bytes(orjson.dumps(plan))
+    (output / "manifest.json").unlink()
+    (output / "model").rename(output / ".model.tmp")
+    done = srft_prep(*words)
+    assert done.status == 0, done.stderr
+    assert "goes on after step 3" in done.stderr
+    assert not (output / ".model.tmp").exists()
+    assert verify(output).problems == ()
+
+
+PLAN_KEYS = ("schema_version", "package_version", "stage", "config", "inputs")
+
+
+def test_a_model_with_other_weights_is_another_model(
+    base: Path, short_shards: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    words = ("train", short_shards, "--model", model, "--max-steps", 1, "-o", tmp_path / "run")
+    assert srft_prep(*words).status == 0
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = srft_prep(*words)
+    assert done.status == 2
+    assert "(its content changed)" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "model.layers.1.mlp.up_proj.weight is missing"),
+        ("shape", "model.layers.1.mlp.up_proj.weight: expected (256, 128), got (2, 128)"),
+        ("cut", "expected a causal language model"),
+    ],
+)
+def test_a_model_that_would_be_partly_random_is_refused(
+    how: str, message: str, base: Path, short_shards: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    file, name = model / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(file)
+    weight = weights.pop(name)
+    if how == "shape":
+        weights[name] = weight[:2].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    done = srft_prep("train", short_shards, "--model", model, "-o", tmp_path / "run")
+    assert done.status == 2
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_counts_where_it_is_of_the_last_step(
+    short_shards: Path, examples: Examples, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    words = ("train", short_shards, "--tiny", "--batch-sequences", 2, "-o", output)
+    done = srft_prep(*words, "--max-steps", 2, "--held-out", examples.tokens)
+    assert done.status == 0, done.stderr
+    assert read_manifest(output).counts["held_out"]["step"] == 2
+    assert read_manifest(output).data["held_out"]["labels"] is None
+    assert srft_prep(*words, "--max-steps", 3, "--resume").status == 0
+    assert "held_out" not in read_manifest(output).counts
+    assert read_manifest(output).data["held_out"] is None
 
 
 def test_a_model_is_trained_from_its_own_weights(
@@ -164,8 +349,6 @@ def test_adapters_are_saved_alone_and_merged_and_both_compute_the_same(
 
 
 def test_bfloat16_is_written_as_such(short_shards: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     output = tmp_path / "run"
     done = srft_prep("train", short_shards, *TINY, "--precision", "bfloat16", "-o", output)
     assert done.status == 0, done.stderr
