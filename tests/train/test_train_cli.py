@@ -374,6 +374,7 @@ def test_a_model_with_another_tokenizer_is_refused_before_anything_is_written(
         ((), "give --model PATH_OR_ID, or --tiny"),
         (("--tiny", "--model", "x"), "give --model PATH_OR_ID, or --tiny"),
         (("--tiny", "--labels", "."), "--labels is for the evaluation of --held-out"),
+        (("--tiny", "--lora-rank", "8"), "--lora-rank is for adapters: give --lora"),
         (("--tiny", "--resume", "--overwrite"), "choose one"),
         (("--tiny", "--sequence-parallel", "2"), "expected a divisor of the 1 processes"),
         (("--model", "no/such/model"), "no/such/model"),
