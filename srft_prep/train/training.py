@@ -188,9 +188,12 @@ def _run(job: Job, prepared: _Prepared, progress: Progress, *, loaded: Callable[
         KeyboardInterrupt: asked to stop.
     """
     trainer, options, world = prepared.trainer, job.options, prepared.trainer.world
-    with Checkpoints(
-        job.output / CHECKPOINTS, keep=options.keep_checkpoints, say=progress.say
-    ) as checkpoints:
+    with (
+        interruptible(trainer.interrupt),  # outside: the last checkpoint is being written, too
+        Checkpoints(
+            job.output / CHECKPOINTS, keep=options.keep_checkpoints, say=progress.say
+        ) as checkpoints,
+    ):
         first = checkpoints.load(trainer.model, trainer.optimizer) or 0
         if first > trainer.num_steps:
             given = job.config.max_steps
@@ -206,7 +209,6 @@ def _run(job: Job, prepared: _Prepared, progress: Progress, *, loaded: Callable[
             recorder = None
             if world.rank == 0:
                 recorder = stack.enter_context(_recorder(job.output, trainer, first, progress))
-            stack.enter_context(interruptible(trainer.interrupt))
             ended = run_steps(
                 trainer, loader, checkpoints, options, recorder=recorder, evaluate=prepared.measure
             )
