@@ -53,7 +53,7 @@ from srft_prep.manifest import read_manifest
 from srft_prep.shards import pack
 from srft_prep.tokens import tokenize
 from srft_prep.train.data import ShardSet
-from srft_prep.train.loader import THREADS, Loader
+from srft_prep.train.loader import DECODERS, Loader
 from srft_prep.weights import DEFAULT_WEIGHTS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -106,7 +106,7 @@ def ceiling(shards: ShardSet) -> Delivered:
         lists = [chunk.values.to_numpy() for chunk in column.chunks]
         return sum(map(len, lists)), int(sum(each.sum(dtype=np.int64) for each in lists))
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(DECODERS) as pool:
         found = list(pool.map(read, [path for path, _ in shards.files]))
     return sum(tokens for tokens, _ in found), sum(total for _, total in found)
 

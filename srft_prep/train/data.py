@@ -5,9 +5,9 @@ step weighs is known to every rank before a token is read, without communication
 read a row group at a time; the arrays are views of Arrow's buffers.
 """
 
-import threading
 from collections import OrderedDict
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -164,33 +164,36 @@ class ShardSet:
 
 
 class RecentGroups:
-    """The row groups that were asked for last, decoded once, by the thread that asks first."""
+    """Row groups decoded in threads ahead of their use; those asked for last are kept.
 
-    def __init__(self, shards: ShardSet, *, capacity: int) -> None:
+    Use as a context manager, from one thread.
+    """
+
+    def __init__(self, shards: ShardSet, *, capacity: int, threads: int) -> None:
         self._shards = shards
         self._capacity = capacity
-        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="srft-decode")
         self._groups: OrderedDict[int, Future[tuple[PackedSequence, ...]]] = OrderedDict()
 
-    def sequence(self, index: int) -> PackedSequence:
-        """Return a packed sequence; safe in any thread.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            ShardError: the file is gone, or its bytes changed.
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def request(self, index: int) -> Callable[[], PackedSequence]:
+        """Have a packed sequence decoded; return what waits for it, in any thread.
+
+        What is returned raises ShardError where the file is gone or its bytes changed.
         """
         group = self._shards.group_of(index)
-        with self._lock:
-            is_new = group not in self._groups
-            rows = self._groups.setdefault(group, Future())
-            self._groups.move_to_end(group)
-            if len(self._groups) > self._capacity:
-                self._groups.popitem(last=False)
-        if is_new:
-            try:
-                rows.set_result(self._shards.read_group(group))
-            except BaseException as error:  # noqa: BLE001  raised by result, in all who wait
-                rows.set_exception(error)
-        return rows.result()[index - int(self._shards.group_offsets[group])]
+        if group not in self._groups:
+            self._groups[group] = self._pool.submit(self._shards.read_group, group)
+        self._groups.move_to_end(group)
+        if len(self._groups) > self._capacity:
+            self._groups.popitem(last=False)
+        rows, row = self._groups[group], index - int(self._shards.group_offsets[group])
+        return lambda: rows.result()[row]
 
 
 def _index(path: Path) -> "tuple[NDArray[Any], ...]":

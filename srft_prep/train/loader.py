@@ -8,7 +8,8 @@ end to end. So a run goes on at any step at once, and what a step consists of de
 number of ranks nor on the micro-batches. Epochs lose nothing: a step may span the end of one.
 Sequences without a weighted token are in no step: they change no gradient.
 
-Threads make steps ahead. Memory holds `prefetch` steps and some windows of decoded row groups.
+Threads decode and assemble ahead. Memory holds `prefetch` steps, the row groups that these are
+made of, and two windows of row groups.
 """
 
 import math
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from srft_prep.errors import ConfigError
-from srft_prep.train.batches import Batch, assemble
+from srft_prep.train.batches import Batch, PackedSequence, assemble
 from srft_prep.train.data import RecentGroups, ShardSet
 from srft_prep.train.order import epoch_order
 
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 WINDOW_TOKENS: Final = 1 << 22
 """Tokens whose sequences are mixed, about: 128 sequences at 32,768."""
-THREADS: Final = 2
-"""Steps that are made at a time: Arrow and numpy let go of the interpreter's lock."""
+DECODERS: Final = 2
+"""Threads that decode row groups, for which Arrow lets go of the interpreter's lock. One assembles:
+two take three times as long for it together as one alone, handing the lock to and fro."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,42 +144,58 @@ class Loader:
         return -(-self._total // self.batch_sequences)
 
     def __iter__(self) -> Iterator[StepBatches]:
-        groups = RecentGroups(self.shards, capacity=2 * THREADS * self.window)
-
         @lru_cache(maxsize=2)
         def order(epoch: int) -> "NDArray[np.int64]":
             ours = self.shards.groups[self._members]
             return self._members[epoch_order(ours, window=self.window, seed=self.seed, epoch=epoch)]
 
-        pool = ThreadPoolExecutor(
-            THREADS, thread_name_prefix="srft-loader", initializer=_same_device(self.pin_memory)
-        )
         ahead: deque[Future[StepBatches]] = deque()
-        try:
-            for step in range(self.first_step, self.num_steps):
-                places = (divmod(place, self.num_sequences) for place in self._places(step))
-                chosen = np.array([order(epoch)[place] for epoch, place in places])
-                ahead.append(pool.submit(self._step, step, chosen, groups))
-                if len(ahead) > self.prefetch:
+        with (
+            RecentGroups(self.shards, capacity=2 * self.window, threads=DECODERS) as groups,
+            ThreadPoolExecutor(
+                1, "srft-loader", initializer=_same_device(self.pin_memory)
+            ) as assembler,
+        ):
+            try:
+                for step in range(self.first_step, self.num_steps):
+                    places = (divmod(place, self.num_sequences) for place in self._places(step))
+                    chosen = np.array([order(epoch)[place] for epoch, place in places])
+                    slots = self._slots(chosen)
+                    read = {at: groups.request(chosen[at]) for at in sorted(chain(*slots))}
+                    ahead.append(assembler.submit(self._step, step, chosen, slots, read))
+                    if len(ahead) > self.prefetch:
+                        yield ahead.popleft().result()
+                while ahead:
                     yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:
+                assembler.shutdown(cancel_futures=True)
 
     def _places(self, step: int) -> range:
         """Return a step's places in the epochs laid end to end."""
         first = step * self.batch_sequences
         return range(first, min(first + self.batch_sequences, self._total))
 
-    def _step(self, step: int, chosen: "NDArray[np.int64]", groups: RecentGroups) -> StepBatches:
-        """Return a step made of the chosen sequences."""
-        shards = self.shards
-        kept = (shards.kept_tokens if self.trim else shards.tokens)[chosen]
-        turns = deal(kept, world_size=self.world_size, size=self.micro_batch_sequences)
-        mine = [turn[self.rank].tolist() for turn in turns]
-        read = {index: groups.sequence(chosen[index]) for index in sorted(chain(*mine))}
-        batches = [assemble([read[index] for index in slot], trim=self.trim) for slot in mine]
+    def _tokens(self, chosen: "NDArray[np.int64]") -> "NDArray[np.int64]":
+        """Return how many tokens of each sequence are computed."""
+        return (self.shards.kept_tokens if self.trim else self.shards.tokens)[chosen]
+
+    def _slots(self, chosen: "NDArray[np.int64]") -> list[list[int]]:
+        """Return which of a step's sequences are in each of this rank's micro-batches."""
+        turns = deal(
+            self._tokens(chosen), world_size=self.world_size, size=self.micro_batch_sequences
+        )
+        return [turn[self.rank].tolist() for turn in turns]
+
+    def _step(
+        self,
+        step: int,
+        chosen: "NDArray[np.int64]",
+        slots: list[list[int]],
+        read: dict[int, Callable[[], PackedSequence]],
+    ) -> StepBatches:
+        """Return a step made of the chosen sequences, this rank's of which are read."""
+        shards, kept = self.shards, self._tokens(chosen)
+        batches = [assemble([read[at]() for at in slot], trim=self.trim) for slot in slots]
         return StepBatches(
             step=step,
             micro_batches=[batch.pin_memory() for batch in batches] if self.pin_memory else batches,
@@ -188,17 +206,6 @@ class Loader:
             num_trimmed=int((shards.tokens[chosen] - kept).sum()),
             epoch=self._places(step).stop / self.num_sequences,
         )
-
-
-def _same_device(pin_memory: bool) -> Callable[[], None] | None:
-    """Return what lets a new thread work with this thread's GPU, or None where none is used.
-
-    A thread begins with GPU 0. Page-locking memory there would make every rank of a machine open a
-    context on it, of some hundred MB each.
-    """
-    if not pin_memory or not torch.cuda.is_available():
-        return None
-    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def deal(
@@ -222,3 +229,14 @@ def deal(
         ranks = np.minimum(back_and_forth, 2 * world_size - 1 - back_and_forth)
         turns.append([turn[ranks == rank] for rank in range(world_size)])
     return turns
+
+
+def _same_device(pin_memory: bool) -> Callable[[], None] | None:
+    """Return what lets a new thread work with this thread's GPU, or None where none is used.
+
+    A thread begins with GPU 0. Page-locking memory there would make every rank of a machine open a
+    context on it, of some hundred MB each.
+    """
+    if not pin_memory or not torch.cuda.is_available():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())

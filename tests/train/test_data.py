@@ -100,8 +100,9 @@ def test_sequences_of_all_files_and_row_groups_come_in_the_stored_order(folder: 
     rows = [row for part in parts for row in pq.read_table(part)["input_ids"].to_pylist()]
     found = [shards.sequence(index).ids.tolist() for index in range(shards.num_sequences)]
     assert found == rows
-    recent = RecentGroups(shards, capacity=1)
-    assert [recent.sequence(index).ids.tolist() for index in range(len(rows))] == rows
+    with RecentGroups(shards, capacity=1, threads=2) as recent:
+        requests = [recent.request(index) for index in range(len(rows))]
+        assert [read().ids.tolist() for read in requests] == rows
 
 
 def test_an_error_names_the_file_and_the_row(folder: Path) -> None:

