@@ -14,6 +14,7 @@ import click
 import orjson
 
 from srft_prep import __version__
+from srft_prep.compare_commands import compare
 from srft_prep.errors import SrftError
 from srft_prep.export_commands import export
 from srft_prep.ingest_commands import ingest
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for stage in (ingest, label, tokenize, pack, train, export):
+for stage in (ingest, label, tokenize, pack, train, export, compare):
     cli.add_command(stage)
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COMMANDS = ("ingest", "label", "tokenize", "pack", "train", "export", "stats", "inspect", "verify")
+COMMANDS = (
+    "ingest",
+    "label",
+    "tokenize",
+    "pack",
+    "train",
+    "export",
+    "compare",
+    "stats",
+    "inspect",
+    "verify",
+)
 
 
 def help_of(*words: str) -> str:
