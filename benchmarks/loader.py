@@ -229,6 +229,7 @@ def main(source: Path | None, mtok: float, rounds: int, epochs: int, only_reside
     if only_resident and source:
         print(orjson.dumps(resident(source, epochs)).decode())
         return
+    torch.set_num_threads(1)  # the consumer's sums would wait for a core that the loader has
     with tempfile.TemporaryDirectory() as scratch:
         source = source or packed(Path(scratch))
         folder = grown(source, Path(scratch) / "shards", int(mtok * 1e6))
