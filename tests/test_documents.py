@@ -220,7 +220,8 @@ def test_windows_train_each_step_that_fits_exactly_once(row: Row, seq_len: int) 
 @given(rows, seq_lens)
 def test_windows_come_in_order_and_each_trains_steps_of_its_own(row: Row, seq_len: int) -> None:
     every_step_counts = [1.0] * len(row[1])
-    spans = [(step, start, end) for step, start, end in row[1] if start < end]
+    # nothing predicts a row's first token: a step of that one alone trains nothing anywhere
+    spans = [(step, start, end) for step, start, end in row[1] if max(start, 1) < end]
     whole = (row[0], spans, every_step_counts[: len(spans)])
     documents = cut(whole, seq_len, "windows").documents
     if whole[0] <= seq_len:
