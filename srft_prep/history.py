@@ -25,7 +25,8 @@ from srft_prep.conversations import Conversation, conversation_of, joined, put_b
 from srft_prep.errors import FormatError
 from srft_prep.findings import count_findings, missing_fields
 from srft_prep.probes import learn_turns
-from srft_prep.render import ChatTemplate, Prepared, Rendering, template_messages, template_tools
+from srft_prep.render import ChatTemplate, Prepared, Rendering
+from srft_prep.template_messages import template_messages, template_tools
 from srft_prep.turns import TurnForm, as_parts
 from srft_prep.types import Trajectory
 

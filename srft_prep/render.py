@@ -12,7 +12,6 @@ as plain text, piece by piece, as transformers' `sanitize_control_tokens` does.
 Templates are untrusted and run in transformers' own sandbox (`sandbox`).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,20 +19,17 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import jinja2
-import orjson
 
 from srft_prep import marks
 from srft_prep.errors import ConfigError, FormatError
 from srft_prep.sandbox import fast_environment
-from srft_prep.types import CHAT_ROLES, Trajectory
+from srft_prep.template_messages import strings_of
 
 _PRIVATE_USE: Final = range(0xF0000, 0xFFFFE)
 _SMALL_MARKS: Final = "".join(map(chr, range(1, 9)))
 """Control characters that no template strips; text with one of them stays one byte a character."""
 _MAX_PREFIXES: Final = 8
 """Beyond that many beginnings of control tokens, one regular expression looks for all of them."""
-_MAX_NESTING: Final = 200
-"""Arguments that are nested deeper stay the text that they were: Python's recursion is limited."""
 _REFUSALS: Final = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     RecursionError,  # arguments nested too deeply
@@ -132,7 +128,7 @@ class ChatTemplate:
         given = [_with_thinking(message) for message in messages]
         if len(set(map(id, given))) < len(given):
             given = [dict(message) for message in given]  # marks know a message by its identity
-        texts = "\0".join(_strings(given, tools))
+        texts = "\0".join(strings_of(given, tools))
         wrapping = None
         if self._may_hold_control_tokens(texts):
             wrapping = _unused_private(texts)
@@ -186,35 +182,6 @@ def any_of(tokens: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches any of the tokens, the longest one that it can."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def template_messages(trajectory: Trajectory) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the messages that a template is given, and each one's index in the trajectory.
-
-    Messages of a role that chat templates do not know (`exit`) are left out. Empty fields are left
-    out. Tool arguments that are JSON text of an object are parsed, as inference servers do before
-    rendering and as transformers asks for; other arguments stay text.
-    """
-    messages: list[dict[str, Any]] = []
-    indices: list[int] = []
-    for index, message in enumerate(trajectory.messages):
-        if message.role not in CHAT_ROLES:
-            continue
-        row: dict[str, Any] = {"role": message.role}
-        for name in ("content", "reasoning_content", "tool_call_id", "name"):
-            value = getattr(message, name)
-            if value is not None:
-                row[name] = value
-        if message.tool_calls is not None:
-            row["tool_calls"] = [_parsed_call(call) for call in orjson.loads(message.tool_calls)]
-        messages.append(row)
-        indices.append(index)
-    return messages, indices
-
-
-def template_tools(trajectory: Trajectory) -> list[dict[str, Any]] | None:
-    """Return the tool definitions that a template is given."""
-    return orjson.loads(trajectory.tools) if trajectory.tools else None
 
 
 class _Recorder:
@@ -335,28 +302,6 @@ def _unused_private(texts: str, *, skip: int = 0) -> tuple[str, str]:
     return next(unused), next(unused)
 
 
-def _strings(messages: list[dict[str, Any]], tools: Any) -> list[str]:
-    """Return all strings of a conversation, keys of nested values included."""
-    found: list[str] = []
-    pending: list[Any] = [tools] if tools else []
-    for message in messages:
-        for value in message.values():
-            if type(value) is str:
-                found.append(value)
-            else:
-                pending.append(value)
-    while pending:
-        each = pending.pop()
-        if isinstance(each, str):
-            found.append(each)
-        elif isinstance(each, dict):
-            pending += each
-            pending += each.values()
-        elif isinstance(each, list | tuple):
-            pending += each
-    return found
-
-
 def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with its thoughts under the second name, too, as `apply_chat_template` does.
 
@@ -407,38 +352,3 @@ def _unwrapped(part: str, wrapping: tuple[str, str]) -> tuple[str, list[tuple[in
     if opened is not None:
         forged.append((opened, opened))
     return "".join(pieces), forged
-
-
-def _parsed_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)  # not orjson, which turns long integers into floats
-            if isinstance(parsed, dict) and _is_flat(arguments, parsed) and _is_encodable(parsed):
-                return {**call, "function": {**function, "arguments": parsed}}
-        except (ValueError, RecursionError):
-            return call
-    return call
-
-
-def _is_flat(text: str, value: Any) -> bool:
-    """Return whether a value is nested less than what every template can write."""
-    if text.count("{") + text.count("[") <= _MAX_NESTING:
-        return True
-    level = [value]
-    for _ in range(_MAX_NESTING):
-        inner = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [each for values in inner for each in values if isinstance(each, dict | list)]
-        if not level:
-            return True
-    return False
-
-
-def _is_encodable(value: Any) -> bool:
-    """Return whether no string holds a lone surrogate, which no tokenizer takes."""
-    try:
-        "".join(_strings([], value)).encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -31,7 +31,8 @@ from srft_prep.errors import FormatError
 from srft_prep.examples.record import RUNS_DIR
 from srft_prep.ingest import ingest
 from srft_prep.manifest import read_manifest
-from srft_prep.render import ChatTemplate, template_messages, template_tools
+from srft_prep.render import ChatTemplate
+from srft_prep.template_messages import template_messages, template_tools
 from srft_prep.trajectories import read_trajectories
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from srft_prep.errors import ConfigError, FormatError
 from srft_prep.history import Renderer
-from srft_prep.render import ChatTemplate, template_messages, template_tools
+from srft_prep.render import ChatTemplate
+from srft_prep.template_messages import template_messages, template_tools
 from srft_prep.types import Message, Trajectory
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -11,8 +11,9 @@ import pyarrow as pa
 from srft_prep.config import IngestConfig
 from srft_prep.ingest import ingest
 from srft_prep.manifest import read_manifest
-from srft_prep.render import ChatTemplate, template_messages, template_tools
+from srft_prep.render import ChatTemplate
 from srft_prep.storage import StageWriter, write_table
+from srft_prep.template_messages import template_messages, template_tools
 from srft_prep.trajectories import read_trajectories, trajectories_table
 from srft_prep.types import Trajectory
 

@@ -24,7 +24,8 @@ from serving import Pass, Passed, Row, serve
 
 from srft_prep.chat import load_spec
 from srft_prep.manifest import read_manifest
-from srft_prep.render import ChatTemplate, template_messages, template_tools
+from srft_prep.render import ChatTemplate
+from srft_prep.template_messages import template_messages, template_tools
 from srft_prep.tokens import tokenize
 from srft_prep.trajectories import read_trajectories
 
