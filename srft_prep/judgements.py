@@ -22,11 +22,11 @@ from srft_prep.factors import (
     no_such_trajectory,
     with_trajectories,
 )
-from srft_prep.manifest import Manifest
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.schemas import LABELS_FILE, REJECTED_FILE
 from srft_prep.token_columns import StepIndex, TokenColumns
 from srft_prep.types import LABELS
-from srft_prep.weight_files import Growing, read_label_rows, where
+from srft_prep.weight_files import Growing, file_input, read_label_rows, where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,6 +78,18 @@ def are_distributions(probabilities: "NDArray[np.floating]") -> "NDArray[np.bool
     inside = ((chances >= 0) & (chances <= 1)).all(axis=1)
     result: NDArray[np.bool_] = inside & (np.abs(chances.sum(axis=1) - 1) <= 1e-3)
     return result
+
+
+def labels_input(path: Path) -> dict[str, Any]:
+    """Return how a manifest names a label directory or a labels file: by content, and checked.
+
+    Raises:
+        ShardError: no finished output of `label`, or a damaged one.
+        ConfigError: no such file, or one of another kind.
+    """
+    if path.is_dir():
+        return read_manifest(path, stage="label").checked().as_input()
+    return file_input(path, "labels")
 
 
 def read_judgements(

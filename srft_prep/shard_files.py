@@ -23,6 +23,7 @@ from srft_prep.layout import Layout
 from srft_prep.pack_plan import Plan
 from srft_prep.schemas import SHARDS, WEIGHT_RUN
 from srft_prep.storage import PARQUET_OPTIONS, atomic_path
+from srft_prep.token_columns import document_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,33 +51,11 @@ def spill(plan: Plan, layout: Layout, scratch: Path, *, workers: int) -> None:
     with _opened(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
 
         def copy(part: int) -> None:
-            _copy_part(part, plan, layout, file)
+            for document, ids in document_ids(plan.columns, plan.documents, part):
+                _write_at(file, ids, int(layout.places[document]))
 
         for _ in _in_threads(copy, range(len(plan.columns.parts)), workers):
             pass
-
-
-def _copy_part(part: int, plan: Plan, layout: Layout, file: int) -> None:
-    first, last = plan.columns.part_offsets[part : part + 2].tolist()
-    if not np.diff(np.searchsorted(plan.documents.rows, (first, last))):
-        return
-    with pq.ParquetFile(plan.columns.parts[part]) as source:
-        for group in range(source.num_row_groups):
-            rows = source.metadata.row_group(group).num_rows
-            documents = slice(*np.searchsorted(plan.documents.rows, (first, first + rows)))
-            if documents.start < documents.stop:
-                column = source.read_row_group(group, columns=["input_ids"], use_threads=False)
-                lists = pa.concat_arrays(column["input_ids"].chunks)
-                ids = lists.values.to_numpy()
-                offsets = lists.offsets.to_numpy()[plan.documents.rows[documents] - first]
-                for start, end, place in zip(
-                    (offsets + plan.documents.starts[documents]).tolist(),
-                    (offsets + plan.documents.ends[documents]).tolist(),
-                    layout.places[documents].tolist(),
-                    strict=True,
-                ):
-                    _write_at(file, ids[start:end], place)
-            first += rows
 
 
 def _write_at(file: int, ids: "NDArray[np.int32]", place: int) -> None:

@@ -18,9 +18,9 @@ from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError
 from srft_prep.factors import read_factors
 from srft_prep.hold_out import write_held_out
-from srft_prep.judgements import read_judgements, rejected_trajectories
+from srft_prep.judgements import labels_input, read_judgements, rejected_trajectories
 from srft_prep.layout import Layout, lay_out
-from srft_prep.manifest import Manifest, read_manifest, sha256_of
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.pack_plan import Plan, make_plan
 from srft_prep.packing import lower_bound
 from srft_prep.progress import Progress, Silent
@@ -29,6 +29,7 @@ from srft_prep.schemas import HELD_OUT_FILE
 from srft_prep.shard_files import ShardWriter, spill
 from srft_prep.storage import StageWriter
 from srft_prep.token_columns import StepIndex, read_columns
+from srft_prep.weight_files import file_input
 from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES
 
 
@@ -66,8 +67,8 @@ def pack(
     """
     source = read_manifest(tokens, stage="tokenize").checked()
     labels = _needed_labels(config, labels)
-    inputs = [source.as_input(), *([] if labels is None else [_labels_input(labels)])]
-    inputs += [_file_input(path, "weights") for path in weight_files]
+    inputs = [source.as_input(), *([] if labels is None else [labels_input(labels)])]
+    inputs += [file_input(path, "weights") for path in weight_files]
     plan = _read_plan(source, config, labels, weight_files)
     with StageWriter.open(
         output, stage="pack", config=asdict(config), inputs=inputs, overwrite=overwrite
@@ -122,21 +123,6 @@ def _read_plan(
         judgements = read_judgements(labels, columns, index, soft=config.soft, rejected=rejected)
     factors = [read_factors(path, columns, index, rejected=rejected) for path in weight_files]
     return make_plan(columns, config, judgements=judgements, factors=factors)
-
-
-def _labels_input(labels: Path) -> dict[str, Any]:
-    if labels.is_dir():
-        return read_manifest(labels, stage="label").checked().as_input()
-    return _file_input(labels, "labels")
-
-
-def _file_input(path: Path, what: str) -> dict[str, Any]:
-    """Return how the manifest names a file of the user's: by content, not by where it lies."""
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ConfigError(f"{path}: expected a {what} file that ends in .jsonl or .parquet")
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such {what} file")
-    return {"path": str(path), "file": what, "sha256": sha256_of(path)}
 
 
 def _description(source: Manifest, config: PackConfig) -> dict[str, Any]:

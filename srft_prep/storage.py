@@ -164,7 +164,7 @@ class StageWriter:
         if (self.path / MANIFEST).exists():
             manifest = read_manifest(self.path)
             same = all(
-                _portable(manifest.data.get(key)) == _portable(self.plan[key])
+                portable(manifest.data.get(key)) == portable(self.plan[key])
                 for key in ("schema_version", "stage", "config", "inputs")
             )
             if same and all((self.path / file["name"]).exists() for file in manifest.files):
@@ -178,7 +178,7 @@ class StageWriter:
             self._refuse_foreign_files(allowed=(".*.tmp",))
         elif unfinished is None:
             self._clear([])
-        elif _portable(unfinished) != _portable(self.plan):
+        elif portable(unfinished) != portable(self.plan):
             if not overwrite:
                 self._refuse_plan("an unfinished")
             self._clear([])
@@ -267,17 +267,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -308,10 +312,10 @@ PARQUET_OPTIONS: Final[dict[str, Any]] = {
 """How every Parquet file is written; without dictionaries, which pay nothing on these columns."""
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Return a manifest value without its inputs' paths: moving a directory changes nothing."""
     if isinstance(value, list):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items() if key != "path"}
+        return {key: portable(item) for key, item in value.items() if key != "path"}
     return value

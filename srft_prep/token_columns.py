@@ -3,7 +3,7 @@
 Memory: some 20 bytes a row, 20 a step, and the names of the trajectories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from srft_prep.documents import Documents
 from srft_prep.ragged import find, offsets_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,32 @@ def read_columns(parts: Sequence[Path]) -> TokenColumns:
         starts=starts,
         ends=ends,
     )
+
+
+def document_ids(
+    columns: TokenColumns, documents: Documents, part: int
+) -> "Iterator[tuple[int, NDArray[np.int32]]]":
+    """Yield (document, its ids) for the documents of one part, in order, read by row group.
+
+    The ids are a view of the row group's: keep a copy, not the view.
+    """
+    first, last = columns.part_offsets[part : part + 2].tolist()
+    if not np.diff(np.searchsorted(documents.rows, (first, last))):
+        return
+    with pq.ParquetFile(columns.parts[part], page_checksum_verification=True) as source:
+        for group in range(source.num_row_groups):
+            rows = source.metadata.row_group(group).num_rows
+            begin, end = np.searchsorted(documents.rows, (first, first + rows)).tolist()
+            if begin < end:
+                column = source.read_row_group(group, columns=["input_ids"], use_threads=False)
+                lists = pa.concat_arrays(column["input_ids"].chunks)
+                ids = lists.values.to_numpy()
+                offsets = lists.offsets.to_numpy()[documents.rows[begin:end] - first]
+                starts = (offsets + documents.starts[begin:end]).tolist()
+                ends = (offsets + documents.ends[begin:end]).tolist()
+                for document, start, stop in zip(range(begin, end), starts, ends, strict=True):
+                    yield document, ids[start:stop]
+            first += rows
 
 
 def struct_lists(

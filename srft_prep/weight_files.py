@@ -22,7 +22,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srft_prep.errors import LabelError
+from srft_prep.errors import ConfigError, LabelError
+from srft_prep.manifest import sha256_of
 from srft_prep.types import LABELS
 from srft_prep.weights import FIELDS, MAX_WEIGHT, PARTS
 
@@ -67,6 +68,19 @@ class FileRow:
     probabilities: tuple[float, ...] = ()
     content_hash: str | None = None
     factors: tuple[Factor, ...] = field(default=())
+
+
+def file_input(path: Path, what: str) -> dict[str, Any]:
+    """Return how a manifest names a file of the user's: by content, not by where it lies.
+
+    Raises:
+        ConfigError: no such file, or one of another kind.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"{path}: expected a {what} file that ends in .jsonl or .parquet")
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such {what} file")
+    return {"path": str(path), "file": what, "sha256": sha256_of(path)}
 
 
 def where(path: Path, line: int) -> str:

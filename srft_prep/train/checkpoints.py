@@ -17,7 +17,6 @@ what is no tensor is never read.
 The group of a checkpoint's own collectives is apart from training's, so that the two never mix.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -45,7 +44,7 @@ from torch.optim import Optimizer
 
 from srft_prep.errors import ConfigError, ShardError
 from srft_prep.manifest import describe_file, sha256_of
-from srft_prep.storage import write_bytes
+from srft_prep.storage import flush, write_bytes
 from srft_prep.train.agreement import agreed
 
 COMPLETE: Final = "complete.json"
@@ -189,7 +188,7 @@ class Checkpoints:
             if final.exists():
                 _set_aside(final)
             temporary.rename(final)
-            _flush(self.folder)
+            flush(self.folder)
             self._prune()
         dist.barrier(self._group)
 
@@ -293,12 +292,3 @@ def _set_aside(path: Path) -> None:
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _flush(folder: Path) -> None:
-    """Make a rename durable."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

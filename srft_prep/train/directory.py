@@ -24,7 +24,7 @@ import orjson
 from srft_prep import __version__
 from srft_prep.errors import ConfigError
 from srft_prep.manifest import MANIFEST, PROGRESS, Manifest, hash_of
-from srft_prep.storage import PLAN, StageWriter, write_bytes
+from srft_prep.storage import PLAN, StageWriter, portable, write_bytes
 from srft_prep.train.hf_export import ADAPTER, MODEL
 from srft_prep.train.metrics import METRICS, TENSORBOARD
 from srft_prep.train.settings import TrainConfig, changes
@@ -208,7 +208,7 @@ def _changes(before: dict[str, Any], claim: Claim) -> tuple[str, ...]:
     if unfinished and before.get("package_version") != __version__:
         lines.append(f"srft-prep: {before.get('package_version')} before, {__version__} now")
     for name, old, new in zip(_INPUTS, before["inputs"], claim.inputs, strict=True):
-        if _portable(old) != _portable(new):
+        if portable(old) != portable(new):
             same = " (its content changed)" if old.get("path") == new.get("path") else ""
             lines.append(f"{name}: {old.get('path')} before, {new.get('path')} now{same}")
     return tuple(lines)
@@ -226,7 +226,7 @@ def _reasons(before: dict[str, Any], claim: Claim) -> list[str]:
         if old != new
     ]
     old, new = before["inputs"][0], claim.inputs[0]
-    if _portable(old) != _portable(new):
+    if portable(old) != portable(new):
         reasons.append(
             f"the shards were {old.get('path')}, got {new.get('path')}, with other contents: a "
             "step's place in the data means nothing there"
@@ -257,8 +257,4 @@ def _clear_foreign(output: Path, plan_hash: str) -> None:
 
 
 def _plan_hash(plan: dict[str, Any]) -> str:
-    return hash_of([plan["config"], [_portable(each) for each in plan["inputs"]]])
-
-
-def _portable(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key != "path"}
+    return hash_of([plan["config"], portable(plan["inputs"])])

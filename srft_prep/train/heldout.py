@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,7 +32,13 @@ from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.packing import pack_documents
 from srft_prep.ragged import offsets_of
 from srft_prep.step_weights import weigh_steps
-from srft_prep.token_columns import OUTCOME_CODES, StepIndex, TokenColumns, read_columns
+from srft_prep.token_columns import (
+    OUTCOME_CODES,
+    StepIndex,
+    TokenColumns,
+    document_ids,
+    read_columns,
+)
 from srft_prep.train.batches import Batch, PackedSequence, assemble, filler
 from srft_prep.train.loader import deal
 from srft_prep.types import LABELS
@@ -114,7 +118,11 @@ class HeldOut:
             )
         packs = pack_documents(documents.lengths.astype(np.int64), config.seq_len)
         groups, weights = _of_steps(columns, judgements, config)
-        ids = _read_ids(columns, documents)
+        ids = {
+            document: view.copy()
+            for part in range(len(columns.parts))
+            for document, view in document_ids(columns, documents, part)
+        }
         made = [_sequence(columns, documents, members, ids) for members in packs]
         return cls(
             sequences=tuple(sequence for sequence, _ in made),
@@ -316,25 +324,6 @@ def _of_steps(
     rows = columns.span_rows()
     groups = columns.outcomes[rows].astype(np.int64) * len(_LABELS) + labels
     return groups, np.where(weighed.rows[rows], weighed.weights, 0.0)
-
-
-def _read_ids(columns: TokenColumns, documents: Documents) -> "dict[int, NDArray[np.int32]]":
-    """Return the ids of the documents, by their places."""
-    ids: dict[int, NDArray[np.int32]] = {}
-    first = 0
-    for part in columns.parts:
-        with pq.ParquetFile(part, page_checksum_verification=True) as file:
-            for group in range(file.num_row_groups):
-                last = first + file.metadata.row_group(group).num_rows
-                places = np.flatnonzero((documents.rows >= first) & (documents.rows < last))
-                if len(places):
-                    column = file.read_row_group(group, columns=["input_ids"])["input_ids"]
-                    lists = pa.concat_arrays(column.chunks)
-                    for place in places.tolist():
-                        whole = lists[int(documents.rows[place]) - first].values.to_numpy()
-                        ids[place] = whole[documents.starts[place] : documents.ends[place]].copy()
-                first = last
-    return ids
 
 
 def _sequence(

@@ -9,7 +9,6 @@ transformers would save: `save_pretrained` undoes the conversions that loading d
 by rename when everything in it is on the disk.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
 
+from srft_prep.storage import flush
 from srft_prep.train.model import WeightedModel, causal_lm
 
 MODEL: Final = "model"
@@ -160,15 +160,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(folder.parent)

@@ -21,7 +21,8 @@ from torch import nn
 
 from srft_prep.critic.flops import NoShape, shape_of
 from srft_prep.errors import ConfigError
-from srft_prep.manifest import Manifest, read_manifest, sha256_of
+from srft_prep.judgements import labels_input
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.progress import Progress, Silent
 from srft_prep.train.agreement import agreed, together
 from srft_prep.train.checkpoints import Checkpoints
@@ -92,7 +93,7 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
         shown = (progress if world.rank == 0 else None) or Silent()
         directories: list[RunDirectory] = []
 
-        def open_directory() -> tuple[Manifest | None, str | None, dict[str, Any]]:
+        def open_directory() -> tuple[Manifest | None, str | None, int, dict[str, Any]]:
             shards = read_manifest(job.shards, stage="pack").checked()
             tokenizer, remark = choose_tokenizer(job.model, shards)
             claim = Claim(
@@ -104,14 +105,16 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
             )
             directory = stack.enter_context(RunDirectory(claim, say=shown.say))
             directories.append(directory)
-            if remark and not directory.finished:
+            if directory.finished:
+                return directory.finished, tokenizer, 0, {}
+            if remark:
                 shown.say(remark)
-            return directory.finished, tokenizer, {} if directory.finished else _about(job)
+            return None, tokenizer, num_ids(tokenizer), _about(job)
 
-        finished, tokenizer, about = agreed(open_directory)
+        finished, tokenizer, ids, about = agreed(open_directory)
         if finished:
             return finished
-        prepared = _prepare(job, world, tokenizer, shown)
+        prepared = _prepare(job, world, ids, shown)
         agreed(lambda: directories[0].begin())
         _run(job, prepared, shown, loaded=lambda: directories[0].adopt())
         names = export_model(
@@ -136,11 +139,7 @@ def _about(job: Job) -> dict[str, Any]:
     """
     evaluated: dict[str, Any] | None = None
     if job.held_out is not None:
-        labels: dict[str, Any] | None = None
-        if job.labels is not None and job.labels.is_dir():
-            labels = read_manifest(job.labels, stage="label").as_input()
-        elif job.labels is not None:
-            labels = {"path": str(job.labels), "file": "labels", "sha256": sha256_of(job.labels)}
+        labels = None if job.labels is None else labels_input(job.labels)
         tokens = read_manifest(job.held_out, stage="tokenize").as_input()
         evaluated = {"tokens": tokens, "labels": labels}
     return {"options": asdict(job.options), "held_out": evaluated}
@@ -156,11 +155,11 @@ class _Prepared:
     """What looks at held-out trajectories."""
 
 
-def _prepare(job: Job, world: World, tokenizer: str | None, progress: Progress) -> _Prepared:
+def _prepare(job: Job, world: World, ids: int, progress: Progress) -> _Prepared:
     """Make all that a run needs, and look for what could be wrong with it."""
     shards = ShardSet.open(job.shards, check=False)
     num_steps = _loader(shards, job.config, job.options, world, first_step=0).num_steps
-    model = _build(job, world, num_ids(tokenizer))
+    model = _build(job, world, ids)
     measure = _evaluation(job, shards, model, world, progress)
     trainer = Trainer(
         model=model,
