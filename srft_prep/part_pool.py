@@ -66,12 +66,24 @@ def run_jobs(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C until the block ends; the processes that it starts never see one."""
+    """Hold back Ctrl-C until the block ends; the processes that it starts never see one.
+
+    They inherit the mask. Here it is not enough: the kernel gives the signal to any thread that
+    does not block it (of polars, say), and Python then interrupts the main thread after all.
+    """
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -341,6 +341,27 @@ def test_a_torn_last_line_of_a_ledger_is_asked_again_and_only_that(
     assert set(Counter(ledger_keys(output)).values()) == {1}
 
 
+HELD = """
+import os, signal, threading, time
+from srft_prep.part_pool import _interrupts_held
+
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+try:
+    with _interrupts_held():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        print("finished", end=" ")
+    print("lost")
+except KeyboardInterrupt:
+    print("then interrupted")
+"""
+
+
+def test_ctrl_c_waits_although_another_thread_may_take_the_signal() -> None:
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("finished then interrupted\n", 0), done.stderr
+
+
 def test_ctrl_c_while_workers_start_shows_no_traceback(expected: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with started(tokenize(expected / "ingest", output, workers=2)) as run:
