@@ -62,8 +62,20 @@ $(VLLM)/.done: pyproject.toml
 	then echo yes > $@; \
 	else echo no > $@; echo "vLLM for CPUs cannot be installed here (see $(VLLM)/install.log): its tests will not run"; fi
 
+# The browser of the tests of the review page; Debian's, since a container may hold no other.
+.PHONY: browser
+browser:
+	@if command -v chromium chromium-browser google-chrome > /dev/null; then true; \
+	elif test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+		echo "installing chromium with apt-get, for the tests of the review page"; \
+		{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+			chromium fonts-dejavu-core; } > /tmp/srft-prep-chromium.log 2>&1 \
+			|| echo "NOT RUN: the tests marked browser, since chromium cannot be installed (/tmp/srft-prep-chromium.log)"; \
+	else echo "NOT RUN: the tests marked browser, since there is no chromium; install your system's package"; fi
+
 .PHONY: setup
-setup: $(VENV)/.dev $(VLLM)/.done  ## Make .venv and .venv-vllm with all that development and tests need
+setup:  ## Make .venv and .venv-vllm, at once, with all that development and tests need
+	@$(MAKE) --no-print-directory -j3 $(VENV)/.dev $(VLLM)/.done browser
 
 .PHONY: setup-gpu
 setup-gpu: $(VENV)/.base  ## Add vLLM to .venv on a GPU node, for make label
@@ -82,10 +94,11 @@ quickstart: $(VENV)/.base  ## Run the main job end to end on the included runs (
 	@ls -1 $(QUICK)/shards/shard-*.parquet
 	@echo
 	@echo "Next:"
-	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__waymark-9"
+	@echo "  see one trajectory as the student will:  $(BIN)/srft-prep inspect $(QUICK)/shards --id attempt-2/example__runstats-22"
+	@echo "  the same as a page, with its labels:     add --tokens $(QUICK)/tokens --labels $(QUICK)/labels --html page.html"
 	@echo "  your own runs and tokenizer:             $(BIN)/srft-prep ingest RUNS --outcomes REPORTS -o out/trajectories"
 	@echo "                                           $(BIN)/srft-prep tokenize out/trajectories --tokenizer Qwen/Qwen2.5-Coder-32B-Instruct -o out/tokens"
-	@echo "  a critic that is a model:                make label DATA=RUNS on a GPU node, or --critic openai|anthropic (README, label)"
+	@echo "  a critic that is a model:                make label DATA=RUNS on a GPU node, or --critic openai|anthropic (docs/label.md)"
 
 # pytest's status 5 says that a selection of tests (ARGS=tests/test_cli.py) has none of a kind.
 NO_TESTS_IS_FINE = $(if $(ARGS),|| test $$? -eq 5)
@@ -118,6 +131,20 @@ SHARDS ?=
 GPUS ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 LAUNCH = $(if $(filter-out 0 1,$(GPUS)),$(BIN)/torchrun --standalone --shutdown-timeout 1800 --nproc-per-node $(GPUS) -m srft_prep,$(BIN)/srft-prep)
 
+# What review needs; with the test tools all of it is there already.
+$(VENV)/.review: $(VENV)/.base pyproject.toml
+	@$(PIP) install -e ".[review]"
+	@touch $@
+
+LABELS ?= $(wildcard $(OUT)/labels)
+
+.PHONY: review
+review: $(VENV)/.review  ## Read and label trajectories in a browser: DATA=... [OUT=... LABELS=... ARGS=...]
+	@test "$(TRAJECTORIES)" = "$(DATA)" || $(BIN)/srft-prep ingest $(DATA) \
+		$(addprefix --outcomes ,$(OUTCOMES)) -o $(TRAJECTORIES) $(INGEST_ARGS) || test $$? -eq 1
+	@mkdir -p $(OUT)
+	@$(BIN)/srft-prep review $(TRAJECTORIES) $(addprefix --labels ,$(LABELS)) --gold $(OUT)/gold.jsonl $(ARGS)
+
 .PHONY: train
 train: $(VENV)/.train  ## Train: SHARDS=... MODEL=... [OUT=... ARGS=...]; without them a tiny model on the example runs
 ifeq ($(SHARDS)$(MODEL),)
@@ -131,12 +158,41 @@ else
 	@$(LAUNCH) train $(SHARDS) --model $(MODEL) -o $(OUT)/trained $(ARGS)
 endif
 
+# Processes that share the tests; each takes up to 2 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: test
 test: setup  ## Set up and run all tests that can run here
-	@$(BIN)/python -m pytest -m "not vllm" $(ARGS) $(NO_TESTS_IS_FINE)
+	@$(BIN)/python -m pytest -m "not vllm" $(PARALLEL) $(ARGS) $(NO_TESTS_IS_FINE)
 	@if grep -q yes $(VLLM)/.done; then $(VLLM)/bin/python -m pytest -m vllm $(ARGS) $(NO_TESTS_IS_FINE); \
 	else echo "NOT RUN: the tests marked vllm, since vLLM for CPUs is not installed ($(VLLM)/install.log)"; \
 		test "$(CI)" != true; fi
+
+# Random kills, full disks and damaged files; a failure tells its seed, which SEED= brings back. What the
+# stages make undisturbed is made once and kept in out/faults, for all rounds. Ray clusters and vLLM's
+# engine take minutes to start and end: they are killed in the rounds 1, 11, ... alone (RARELY=1: in all).
+ROUNDS ?= 20
+SEED ?=
+RARELY ?= 10
+FAULTS_ENV = SRFT_FAULTS_SEED=$$seed SRFT_FUZZ_EXAMPLES=1000 SRFT_FAULTS_RUNS=$(CURDIR)/out/faults
+
+.PHONY: test-faults
+test-faults: $(VENV)/.dev  ## Repeat the fault suite with fresh seeds: ROUNDS=... [SEED=... RARELY=... ARGS=...]
+	@begun=$$SECONDS; passed=0; seeds=; \
+	stop() { echo "FAILED in round $$round: make test-faults ROUNDS=1 SEED=$$seed brings it back;" \
+		"$$passed rounds passed before, seeds:$$seeds, $$((SECONDS - begun)) seconds"; exit 1; }; \
+	for round in $$(seq $(ROUNDS)); do seed=$(if $(SEED),$(SEED),$$RANDOM); \
+		echo "round $$round of $(ROUNDS): SEED=$$seed"; \
+		$(FAULTS_ENV) $(BIN)/python -m pytest -q -x tests/faults -m "not vllm and not ray" $(PARALLEL) $(ARGS) $(NO_TESTS_IS_FINE) || stop; \
+		if test $$((round % $(RARELY))) -eq $$((1 % $(RARELY))); then \
+			$(FAULTS_ENV) $(BIN)/python -m pytest -q -x tests/faults -m ray $(ARGS) $(NO_TESTS_IS_FINE) || stop; \
+			if grep -qs yes $(VLLM)/.done; then \
+				$(FAULTS_ENV) $(VLLM)/bin/python -m pytest -q -x tests/faults -m vllm $(ARGS) $(NO_TESTS_IS_FINE) || stop; \
+			else echo "NOT RUN: the kill of vLLM's engine, since vLLM for CPUs is not installed (make setup)"; fi; \
+		fi; \
+		passed=$$((passed + 1)); seeds="$$seeds $$seed"; \
+	done; \
+	echo "$$passed of $(ROUNDS) rounds passed in $$((SECONDS - begun)) seconds, seeds:$$seeds"
 
 # Five tests on two tokenizers: EXAMPLES each.
 EXAMPLES ?= 10000

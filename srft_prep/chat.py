@@ -21,8 +21,9 @@ from srft_prep.config import History
 from srft_prep.conventions import convention_spans, token_ends
 from srft_prep.conversations import Conversation
 from srft_prep.engines import Encoded
-from srft_prep.errors import ConfigError, FormatError
+from srft_prep.errors import ConfigError, FormatError, in_one_line
 from srft_prep.history import Renderer
+from srft_prep.hub import hub_problem
 from srft_prep.render import ChatTemplate
 from srft_prep.types import Trajectory
 
@@ -147,13 +148,21 @@ def _from_pretrained(source: str, option: str) -> Any:
     from transformers import AutoTokenizer
 
     path = tokenizer_path(source)
-    if path.startswith(("/", ".")) and not Path(path).is_dir():
+    is_here = Path(path).is_dir()
+    if not is_here and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         found = "a file; give its folder" if Path(path).exists() else "there is no such folder"
         raise ConfigError(f"{option} {source}: {found}")
+    problem = None if is_here else hub_problem()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Where the hub does not answer there is its cache, which its client would come to last.
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=problem is not None)
     except Exception as error:  # noqa: BLE001 - all that tokenizers raises is a bare Exception
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if problem and isinstance(error, OSError):  # files are missing, or it is no name of a hub's
+            raise ConfigError(
+                f"{option} {source}: expected a folder or a hub id, got no such folder, nothing "
+                f"usable in the hub's cache, and {problem}"
+            ) from None
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise ConfigError(f"{option} {source}: cannot be loaded: {reason}") from None
     if not getattr(tokenizer, "backend_tokenizer", None):
         raise ConfigError(f"{option} {source}: has no tokenizer.json; a fast one is needed")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import orjson
 
-from srft_prep.options import MAX_COUNT, json_option
+from srft_prep.options import MAX_COUNT, PAGE_FILE, json_option, named_path
 
 
 def _arms(
@@ -17,12 +17,10 @@ def _arms(
 ) -> list[tuple[str, Path]]:
     arms = []
     for word in given:
-        name, equals, path = word.partition("=")
-        if not (name and equals and path):
+        name, path = named_path(word, whole=True) if "=" in word else (None, Path(word))
+        if name is None:
             raise click.BadParameter(f"expected NAME=PATH, got {word!r}")
-        if not Path(path).exists():
-            raise click.BadParameter(f"{path} does not exist")
-        arms.append((name, Path(path)))
+        arms.append((name, path))
     return arms
 
 
@@ -60,6 +58,7 @@ def _arms(
     type=click.FloatRange(0.01, 100),
     help="Gain in points for which the runs and rollouts needed are estimated.",
 )
+@click.option("--html", type=PAGE_FILE, help="Write a page with tables and plots to this file.")
 @json_option
 def compare(
     arms: list[tuple[str, Path]],
@@ -68,6 +67,7 @@ def compare(
     samples: int,
     seed: int,
     gain: float,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Compare arms by their rollouts on a benchmark: means, pass@k, intervals, power.
@@ -78,9 +78,17 @@ def compare(
     from srft_prep.evaluate.comparison import compare as run
     from srft_prep.evaluate.report import lines
     from srft_prep.evaluate.rollouts import read_arms
+    from srft_prep.output_files import PAGE, will_replace
 
+    if html is not None:
+        from srft_prep.plots import require_plots
+
+        require_plots("--html")
+    inputs = [path for _, path in arms]
+    is_replaced = will_replace(html, PAGE, option="--html", others=inputs)
+    read = read_arms(arms)
     found = run(
-        read_arms(arms),
+        read,
         baseline=baseline,
         ks=sorted(set(ks)),
         samples=samples,
@@ -89,5 +97,12 @@ def compare(
     )
     for line in lines(found):
         click.echo(line)
+    if html is not None:
+        from srft_prep.evaluate.page import page
+        from srft_prep.pages import write_page
+
+        write_page(html, page(found, read, samples=samples, seed=seed))
+        if is_replaced:
+            click.echo(f"{html}: replaced an earlier page", err=True)
     if as_json:
         click.echo(orjson.dumps(asdict(found), option=orjson.OPT_NON_STR_KEYS))

@@ -4,9 +4,11 @@ A stage's configuration goes into its manifest and, with the hashes of its input
 (see `storage`). Paths of outputs, numbers of workers and the like are arguments, not settings.
 """
 
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
 
+from srft_prep.array_jobs import ArrayJob
 from srft_prep.errors import ConfigError
 
 Overlong = Literal["truncate", "windows", "drop", "error"]
@@ -15,6 +17,7 @@ MissingLabel = Literal["drop", "mask", "error"]
 Convention = Literal["srft", "trl", "axolotl"]
 Only = Literal["unresolved", "resolved", "all"]
 Context = Literal["none", "outcome", "patch"]
+Together = Literal["any", "majority", "mean", "head", "cascade"]
 
 OUTCOMES: Final = {True: "resolved", False: "unresolved", None: "unknown"}
 """The words for a trajectory's outcome, in code, on the command line and in counts."""
@@ -48,6 +51,10 @@ class IngestConfig:
     """Instance ids and repositories that must not get in (normalised, sorted)."""
 
 
+_OF_ALL: Final = ("only", "array")
+"""What the critics of a panel have in common: which trajectories they are shown."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelConfig:
     """Settings of `label`."""
@@ -66,6 +73,37 @@ class LabelConfig:
     """What the critic is told beside the trajectory."""
     max_input_tokens: int | None = None
     """Longest prompt; None for a critic that has none."""
+    calibration: str | None = None
+    """SHA-256 of the calibration that the labels went through; None where they are as given."""
+    together: Together | None = None
+    """What several critics make of a step together; None for a single critic."""
+    members: "tuple[LabelConfig, ...]" = ()
+    """The critics of an ensemble or a cascade, in order; of a single critic none."""
+    sure: float | None = None
+    """Of a cascade: the probability from which a critic settles a step."""
+    audit: float | None = None
+    """Of a cascade: share of the trajectories that the last critic sees whatever was settled."""
+    array: ArrayJob | None = None
+    """Which of several jobs this is; None for one job that does all."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry; of one critic as it is, without what several need."""
+        described = asdict(self)
+        for name in ("calibration", "together", "members", "sure", "audit", "array"):
+            if not described[name] and described[name] != 0.0:
+                del described[name]
+        if self.members:
+            described["members"] = [
+                {key: value for key, value in member.describe().items() if key not in _OF_ALL}
+                for member in self.members
+            ]
+        return described
+
+
+def is_calibrated(described: Mapping[str, Any]) -> bool:
+    """Return whether labels went through a calibration, by the settings in their manifest."""
+    held = [described, *described.get("members", ())]
+    return any(each.get("calibration") for each in held)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +118,15 @@ class TokenizeConfig:
     """How templates that rewrite earlier messages are treated."""
     axolotl: bool = False
     """Note what axolotl would train, too."""
+    array: ArrayJob | None = None
+    """Which of several jobs this is; None for one job that does all."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry; without `array` where there is one job."""
+        described = asdict(self)
+        if self.array is None:
+            del described["array"]
+        return described
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +143,8 @@ class PackConfig:
     """Whose rule says which tokens of a turn carry its weight."""
     soft: bool = False
     """Weight a step by the expected weight under its label probabilities."""
+    calibration: str | None = None
+    """SHA-256 of the calibration that the labels go through; None where they count as given."""
     seq_len: int = DEFAULT_SEQ_LEN
     """Tokens in a packed sequence, at most."""
     overlong: Overlong = "truncate"
@@ -112,6 +161,13 @@ class PackConfig:
     """Seed of the order of the packed sequences."""
     shard_tokens: int = 1 << 24
     """Tokens in a shard file, about."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry; without `calibration` where there is none."""
+        described = asdict(self)
+        if self.calibration is None:
+            del described["calibration"]
+        return described
 
 
 def parse_sample(text: str) -> dict[str, int]:

@@ -20,7 +20,7 @@ API_CRITICS: Final = ("openai", "anthropic")
 LOCAL_CRITICS: Final = ("vllm", "transformers")
 CRITIC_NAMES: Final = ("rules", *MODEL_CRITICS, "scripted")
 
-_TAKES: Final[dict[str, tuple[str, ...]]] = {
+TAKES: Final[dict[str, tuple[str, ...]]] = {
     "model": (*MODEL_CRITICS, "scripted"),
     "prompt": MODEL_CRITICS,
     "rationale": MODEL_CRITICS,
@@ -39,7 +39,7 @@ _TAKES: Final[dict[str, tuple[str, ...]]] = {
     "engine_arg": ("vllm",),
     "gpu_usd_per_hour": LOCAL_CRITICS,
     "budget_usd": MODEL_CRITICS,
-    "dry_run": MODEL_CRITICS,
+    "dry_run": CRITIC_NAMES,
 }
 """Option -> the critics that take it."""
 
@@ -194,6 +194,8 @@ class ChosenCritic:
     name: str
     options: dict[str, Any]
     """What `open_critic` takes."""
+    values: Mapping[str, Any]
+    """The options of the command line by their names."""
 
 
 def settled_values(context: click.Context) -> dict[str, Any]:
@@ -246,13 +248,13 @@ def _auto(
 
 def _refuse_foreign_options(context: click.Context, name: str) -> None:
     for parameter in context.command.params:
-        if parameter.name not in _TAKES or name in _TAKES[parameter.name]:
+        if parameter.name not in TAKES or name in TAKES[parameter.name]:
             continue
         source = context.get_parameter_source(parameter.name)
         if source is not click.core.ParameterSource.DEFAULT and not (
             parameter.name == "model" and context.params["critic_name"] == "auto"
         ):
-            takers = ", ".join(_TAKES[parameter.name])
+            takers = ", ".join(TAKES[parameter.name])
             raise click.UsageError(
                 f"{parameter.opts[0]}: the {name} critic takes none; those that do: {takers}"
             )
@@ -266,16 +268,18 @@ def chosen_critic(values: Mapping[str, Any], *, output: Path) -> ChosenCritic:
         ConfigError: the prompt, the prices or an engine argument are wrong.
     """
     name, model = values["critic_name"], values["model"]
+    options: dict[str, Any]
     if name == "rules":
         if values["context"] == "patch":
             raise click.UsageError("--context patch: the rules critic reads no patch")
-        return ChosenCritic(name=name, options={"use_outcome": values["context"] == "outcome"})
+        options = {"use_outcome": values["context"] == "outcome"}
+        return ChosenCritic(name=name, options=options, values=values)
     if model is None:
         what = {"scripted": "the file of labels"}.get(name, "the model")
         raise click.UsageError(f"--critic {name}: give {what} with --model")
     if name == "scripted":
-        return ChosenCritic(name=name, options={"model": model})
-    options: dict[str, Any] = {"model": model, "settings": _settings(values)}
+        return ChosenCritic(name=name, options={"model": model}, values=values)
+    options = {"model": model, "settings": _settings(values)}
     if name in LOCAL_CRITICS:
         if values["budget_usd"] is not None and not values["gpu_usd_per_hour"]:
             raise ConfigError(
@@ -289,7 +293,7 @@ def chosen_critic(values: Mapping[str, Any], *, output: Path) -> ChosenCritic:
         options |= {"gpus": values["gpus"], "engine_args": _engine_args(values["engine_arg"])}
     if name in API_CRITICS:
         options |= _api_options(values, output=output)
-    return ChosenCritic(name=name, options=options)
+    return ChosenCritic(name=name, options=options, values=values)
 
 
 def _num_gpus(critic_name: str, given: int | None) -> int:

@@ -50,12 +50,12 @@ class Documents:
             last_steps=self.last_steps[chosen],
         )
 
-    def of_steps(self, num_steps: int) -> "NDArray[np.int64]":
+    def of_steps(self, num_steps: int) -> "NDArray[np.int32]":
         """Return the document that trains each step, -1 where none does, [num_steps]."""
-        documents = np.full(num_steps, -1, np.int64)
+        documents = np.full(num_steps, -1, np.int32)
         lengths = self.last_steps - self.first_steps
         places = ranges(self.first_steps, lengths)
-        documents[places] = np.repeat(np.arange(len(lengths)), lengths)
+        documents[places] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         return documents
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from srft_prep.object_mirror import address_of
 from srft_prep.options import (
     FOLDER,
     command_line,
@@ -48,5 +49,5 @@ def export(shards: Path, target: str, output: Path, overwrite: bool, as_json: bo
         click.secho("warning: weights are lost", bold=True, err=True)
         click.echo(lost_sentence(TARGETS[target].tool, lost), err=True)
         click.echo("export --to hf keeps them; for the paper's loss train on the shards", err=True)
-    click.echo(f"how to load it: {output / 'README.md'}", err=True)
+    click.echo(f"how to load it: {address_of(output)}/README.md", err=True)
     finish(manifest, as_json, failed=False)

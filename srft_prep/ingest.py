@@ -21,6 +21,7 @@ from srft_prep.config import OUTCOMES, IngestConfig
 from srft_prep.errors import ConfigError, FormatError
 from srft_prep.exclusion import Exclusion, names_instance
 from srft_prep.manifest import Manifest
+from srft_prep.object_mirror import address_of
 from srft_prep.outcomes import Outcomes, outcomes_in, read_outcomes, report_files
 from srft_prep.progress import Progress, Silent
 from srft_prep.readers import reader_of
@@ -139,7 +140,9 @@ def _outside(output: Path, files: list[Path]) -> list[Path]:
     own = output.absolute()
     kept = [path for path in files if own not in path.absolute().parents]
     if not kept:
-        raise ConfigError(f"{output}: expected runs to read, but this is the directory to write")
+        raise ConfigError(
+            f"{address_of(output)}: expected runs to read, but this is the directory to write"
+        )
     return kept
 
 
@@ -207,7 +210,8 @@ def _take(
     except FormatError as error:
         batch.counts["rejected"] += 1
         origin = record.origin
-        batch.rejected.append({"file": str(origin.path), "line": origin.line, "reason": str(error)})
+        file = address_of(origin.path)
+        batch.rejected.append({"file": file, "line": origin.line, "reason": str(error)})
         return
     trajectory, join = _with_outcome(trajectory, record, outcomes)
     if config.system_prompt is not None:
@@ -326,7 +330,7 @@ def _commit(
         "next_record": position[1],
         "last": last,
     }
-    writer.record(f"ingest-{number:05d}", entry)
+    writer.record(f"ingest-{number:05d}", entry, files=[folder / name] if name else [])
     return entry | {"rejected": None}
 
 

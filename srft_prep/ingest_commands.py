@@ -84,8 +84,9 @@ def ingest(
 ) -> None:
     """Read raw runs into trajectories.
 
-    SOURCES are files, folders or globs: JSON, JSONL and Parquet, also .gz and .zst. Records that
-    are no trajectory go to rejected.jsonl with file, line and reason.
+    SOURCES are files, folders or globs, local or s3://, gs:// or hf://: JSON, JSONL and Parquet,
+    also .gz and .zst. Records that are no trajectory go to rejected.jsonl with file, line and
+    reason.
     """
     from srft_prep.config import IngestConfig, parse_sample
     from srft_prep.exclusion import read_exclusions
@@ -105,6 +106,7 @@ def ingest(
     )
     from srft_prep.hints import ingest_hints
     from srft_prep.ingest import ingest as run
+    from srft_prep.object_mirror import address_of
     from srft_prep.progress import shown
 
     with shown("ingest", total=None, unit="trajectories") as progress:
@@ -121,7 +123,7 @@ def ingest(
     for hint in ingest_hints(config, counts, outcomes_given=bool(outcomes)):
         click.echo(hint, err=True)
     if counts["rejected"]:
-        click.echo(f"rejected records, with reasons: {output / 'rejected.jsonl'}", err=True)
+        click.echo(f"rejected records, with reasons: {address_of(output)}/rejected.jsonl", err=True)
     finish(manifest, as_json, failed=counts["rejected"] > 0)
 
 

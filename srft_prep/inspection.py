@@ -1,96 +1,128 @@
-"""One trajectory as lines to read: its steps by label, or its tokens by weight.
+"""One trajectory of a stage directory, found and made ready to be shown.
 
-    === step 5 | harmful | weight 0 | edit-refused: "No replacement was performed"
-        what the agent wrote
-    --- observation (user)
-        what came back, its middle left out where it is long
+    ingest     its messages, with the labels of its steps
+    tokenize   its tokens: what the agent wrote, by step and part
+    pack       its documents: tokens with weights, and with the tokens they were packed from,
+               which step each stretch is and which label made it weigh nothing
 
-Lines that begin with `===` carry weight, or would but for their label; `---` is context. Colour
-adds nothing that the text does not say, so that the output reads the same in a file, a diff or a
-golden test. Control characters of a recorded terminal are shown, never obeyed.
+Only rows of that trajectory are decoded; finding them costs one pass over the column of ids.
+`inspection_text` shows it on a terminal, `inspection_page` as HTML.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 import polars as pl
 
 from srft_prep.errors import ConfigError, LabelError
+from srft_prep.hostile_text import printable
 from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.packed_steps import Stretch, placed_in, steps_of, weighted
 from srft_prep.schemas import LABELS_FILE
 from srft_prep.trajectories import trajectory_of
-from srft_prep.types import LABELS, Label, Message, Trajectory
-from srft_prep.weights import DEFAULT_WEIGHTS, RECIPES
+from srft_prep.types import LABELS, Label, Trajectory
 
-Line = tuple[str, dict[str, Any]]
-"""A line of text and its style, in click's words."""
-
-LABEL_STYLE: Final[dict[Label | None, dict[str, Any]]] = {
-    "good": {"fg": "green"},
-    "unnecessary": {"fg": "yellow"},
-    "harmful": {"fg": "red"},
-    None: {},
-}
-DIM: Final[dict[str, Any]] = {"dim": True}
-BOLD: Final[dict[str, Any]] = {"bold": True}
-SHOWN_LINES: Final = 12
-"""Lines of context that are shown, half from its start and half from its end."""
+Decode = Callable[[Sequence[int]], str]
 NEAR_IDS: Final = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """A half-open range of tokens that the agent wrote, and what to say of it."""
+class Judgement:
+    """What a critic said of a step."""
 
-    start: int
-    end: int
-    title: str
-    style: dict[str, Any]
+    label: Label
+    rationale: str | None = None
 
 
-def show(
-    directory: Path, trajectory_id: str, *, labels: Path | None = None, full: bool = False
-) -> Iterator[Line]:
-    """Yield the lines that show one trajectory of a stage directory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownTrajectory:
+    """A trajectory and what a critic said of its steps."""
+
+    trajectory: Trajectory
+    judgements: dict[int, Judgement] | None
+    """By step; None where no labels were given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownTokens:
+    """A row of tokens, or a document of a packed sequence."""
+
+    facts: tuple[tuple[str, str], ...]
+    """Names and values, the trajectory's id first."""
+    ids: Sequence[int]
+    """Token ids, [T]."""
+    stretches: tuple[Stretch, ...]
+    """What the agent wrote, or what has weight; sorted, disjoint, the rest is context."""
+    context: str
+    """What to say of the rest."""
+    decode: Decode
+
+
+Shown = ShownTrajectory | list[ShownTokens]
+
+
+def find(
+    directory: Path,
+    trajectory_id: str,
+    *,
+    labels: Path | None = None,
+    tokens: Path | None = None,
+) -> Shown:
+    """Return one trajectory of a stage directory, ready to be shown.
+
+    Args:
+        directory: output of ingest, tokenize or pack.
+        trajectory_id: which one.
+        labels: output of label, beside trajectories, or beside shards with `tokens`.
+        tokens: output of tokenize that the shards were packed from.
 
     Raises:
-        ConfigError: no such trajectory, a directory that holds no trajectories, or labels beside
-            anything but trajectories.
-        LabelError: the labels were made for another version of the trajectory.
+        ConfigError: no such trajectory, a directory that holds no trajectories, or labels or
+            tokens beside what they say nothing of.
+        LabelError: the labels were made for another version of the trajectory, or one is unknown.
     """
     source = read_manifest(directory).checked()
     if source.stage == "label":
         raise ConfigError(f"{directory}: give the trajectories, and this folder as --labels")
-    if source.stage == "export":
-        raise ConfigError(f"{directory}: is an export; give the shards that it was made from")
-    if labels is not None and source.stage != "ingest":
-        raise ConfigError(f"--labels: only beside trajectories; {directory} is a {source.stage}")
+    if source.stage in ("export", "train"):
+        what = {"export": "an export", "train": "a training run"}[source.stage]
+        raise ConfigError(f"{directory}: is {what}; give the shards that it was made from")
+    if tokens is not None and source.stage != "pack":
+        raise ConfigError(f"--tokens: only beside shards; {directory} is a {source.stage}")
+    if labels is not None and source.stage != "ingest" and tokens is None:
+        raise ConfigError(
+            "--labels: only beside trajectories, or beside shards with the --tokens that they were "
+            f"packed from; {directory} is a {source.stage}"
+        )
     if source.stage == "ingest":
-        lines = _show_steps(source, trajectory_id, labels, full=full)
-    elif source.stage == "tokenize":
-        lines = _show_tokens(source, trajectory_id, full=full)
-    else:
-        lines = _show_packed(source, trajectory_id, full=full)
-    for text, style in lines:
-        yield printable(text).rstrip(), style
+        row = _rows(source, trajectory_id)[0]
+        trajectory = trajectory_of(row)
+        judged = None if labels is None else _judgements(row, labels)
+        return ShownTrajectory(trajectory=trajectory, judgements=judged)
+    if source.stage == "tokenize":
+        return list(_tokens(source, trajectory_id))
+    return _documents(source, trajectory_id, tokens=tokens, labels=labels)
 
 
-def _find(source: Manifest, column: pl.Expr, trajectory_id: str) -> Iterator[dict[str, Any]]:
-    found = False
-    for part in source.parts:
-        for row in pl.scan_parquet(part).filter(column).collect().iter_rows(named=True):
-            found = True
-            yield row
+def _rows(source: Manifest, trajectory_id: str) -> list[dict[str, Any]]:
+    """Return a trajectory's rows, in order."""
+    mine = pl.col("trajectory_id") == trajectory_id
+    if source.stage == "pack":
+        mine = pl.col("trajectory_ids").list.contains(trajectory_id)
+    found = [
+        row
+        for part in source.parts
+        for row in pl.scan_parquet(part).filter(mine).collect().iter_rows(named=True)
+    ]
     if not found:
         near = ", ".join(printable(each) for each in _near(source, trajectory_id))
         hint = f"; there is {near}" if near else ""
         raise ConfigError(f"{source.path}: no trajectory {trajectory_id!r}{hint}")
+    return found
 
 
 def _near(source: Manifest, trajectory_id: str) -> list[str]:
@@ -105,154 +137,127 @@ def _near(source: Manifest, trajectory_id: str) -> list[str]:
     return near[:NEAR_IDS]
 
 
-def _show_steps(
-    source: Manifest, trajectory_id: str, labels: Path | None, *, full: bool
-) -> Iterator[Line]:
-    row = next(_find(source, pl.col("trajectory_id") == trajectory_id, trajectory_id))
-    trajectory = trajectory_of(row)
-    judged = None if labels is None else _labels_of(trajectory, labels)
-    yield from _summary(trajectory, judged)
-    step = -1
-    for message in trajectory.messages:
-        yield "", {}
-        if message.kind == "action":
-            step += 1
-            label, reason = (judged or {}).get(step, (None, None))
-            style = LABEL_STYLE[label]
-            title = f"=== step {step}"
-            if judged is not None:
-                title += f" | {_judgement(label, trajectory)}"
-            yield f"{title} | {reason}" if reason else title, {**style, "bold": True}
-        else:
-            style = DIM
-            yield f"--- {message.kind} ({message.role}{_name(message)})", DIM
-        clip = None if full or message.kind == "action" else SHOWN_LINES
-        for line in clipped(_text_lines(message), clip):
-            yield f"    {line}", style
-
-
-def _summary(
-    trajectory: Trajectory, judged: dict[int, tuple[Label, str | None]] | None
-) -> Iterator[Line]:
-    outcome = {True: "resolved", False: "unresolved", None: "unknown"}[trajectory.resolved]
-    counts = Counter(label for label, _ in (judged or {}).values())
-    counted = ", ".join(f"{counts[label]} {label}" for label in LABELS if counts[label])
-    yield f"trajectory  {trajectory.trajectory_id}", BOLD
-    yield f"instance    {trajectory.instance_id or '-'}", {}
-    yield f"format      {trajectory.format}", {}
-    yield f"outcome     {outcome}", {}
-    yield f"steps       {trajectory.num_steps}{': ' + counted if counted else ''}", {}
-    if judged is not None:
-        whole = RECIPES["srft"].treatment(trajectory.resolved) == "whole"
-        by_label = " ".join(f"{label}={DEFAULT_WEIGHTS[label]:g}" for label in LABELS)
-        yield f"weights     recipe srft, {'whole: 1 everywhere' if whole else by_label}", {}
-
-
-def _judgement(label: Label | None, trajectory: Trajectory) -> str:
-    """Return a step's label and the weight that it has under srft."""
-    if RECIPES["srft"].treatment(trajectory.resolved) == "whole":
-        return f"{label or 'no label'} | weight 1"
-    return f"{label} | weight {DEFAULT_WEIGHTS[label]:g}" if label else "no label"
-
-
-def _labels_of(trajectory: Trajectory, folder: Path) -> dict[int, tuple[Label, str | None]]:
+def _judgements(row: dict[str, Any], folder: Path) -> dict[int, Judgement]:
+    """Return what a critic said of the steps of a trajectory, given a row of it."""
     source = read_manifest(folder, stage="label").checked()
-    rows = (
+    found = (
         pl.scan_parquet(source.path / LABELS_FILE)
-        .filter(pl.col("trajectory_id") == trajectory.trajectory_id)
+        .filter(pl.col("trajectory_id") == row["trajectory_id"])
         .collect()
     )
-    if rows.height and set(rows["content_hash"]) != {trajectory.content_hash}:
+    if found.height and set(found["content_hash"]) != {row["content_hash"]}:
         raise LabelError(
-            f"{folder}: labels of another version of {printable(trajectory.trajectory_id)}; run "
+            f"{folder}: labels of another version of {printable(row['trajectory_id'])}; run "
             "label again"
         )
+    for step, label in found.select("step_index", "label").iter_rows():
+        if label not in LABELS:
+            raise LabelError(
+                f"{folder}: {printable(row['trajectory_id'])}: step {step}: expected a label of "
+                f"{', '.join(LABELS)}, got {label!a:.80}; run label again"
+            )
     return {
-        row["step_index"]: (row["label"], row["rationale"]) for row in rows.iter_rows(named=True)
+        each["step_index"]: Judgement(label=each["label"], rationale=each["rationale"])
+        for each in found.iter_rows(named=True)
     }
 
 
-def _show_tokens(source: Manifest, trajectory_id: str, *, full: bool) -> Iterator[Line]:
+def _tokens(source: Manifest, trajectory_id: str) -> Iterator[ShownTokens]:
     decode = _decoder(source.data["tokenizer"]["source"], source.data["tokenizer"])
-    style = LABEL_STYLE["good"]
-    for row in _find(source, pl.col("trajectory_id") == trajectory_id, trajectory_id):
-        yield f"trajectory  {trajectory_id}", BOLD
-        yield f"tokens      {row['num_tokens']}", {}
-        yield f"steps       {len(row['step_spans'])}", {}
-        parts: dict[int, list[str]] = {}
-        for span in row["part_spans"]:
-            length = span["end"] - span["start"]
-            parts.setdefault(span["step"], []).append(f"{span['part']} {length}")
-        pieces = []
-        for span in row["step_spans"]:
-            title = " | ".join([f"step {span['step']}", ", ".join(parts.get(span["step"], ()))])
-            pieces.append(
-                _Piece(start=span["start"], end=span["end"], title=title.strip(" |"), style=style)
-            )
-        yield from _show_pieces(row["input_ids"], pieces, "context", decode, full=full)
+    for row in _rows(source, trajectory_id):
+        facts = (
+            ("trajectory", trajectory_id),
+            ("tokens", str(row["num_tokens"])),
+            ("steps", str(len(row["step_spans"]))),
+        )
+        yield ShownTokens(
+            facts=facts,
+            ids=row["input_ids"],
+            stretches=tuple(steps_of(row)),
+            context="context",
+            decode=decode,
+        )
 
 
-def _show_packed(source: Manifest, trajectory_id: str, *, full: bool) -> Iterator[Line]:
+def _documents(
+    source: Manifest, trajectory_id: str, *, tokens: Path | None, labels: Path | None
+) -> list[ShownTokens]:
+    """Return a trajectory's documents: in their order in the trajectory where tokens tell it.
+
+    Windows of one trajectory lie anywhere in the shards.
+    """
     decode = _decoder(source.data["tokenizer"], source.data)
-    contains = pl.col("trajectory_ids").list.contains(trajectory_id)
-    for row in _find(source, contains, trajectory_id):
-        bounds = [0]
-        for length in row["seq_lengths"]:
-            bounds.append(bounds[-1] + length)
-        sums = zip(row["document_sum_weights"], row["trajectory_sum_weights"], strict=True)
-        for owner, (start, end), (of_document, of_all) in zip(
-            row["trajectory_ids"], pairwise(bounds), sums, strict=True
-        ):
-            if owner != trajectory_id:
-                continue
-            runs = [run for run in row["loss_weights"] if start <= run["start"] < end]
-            weighted = sum(run["length"] for run in runs)
-            yield f"trajectory  {trajectory_id}", BOLD
-            yield f"tokens      {end - start}, {weighted} of them weighted", {}
-            yield f"weights     {of_document:.9g} in sum, {of_all:.9g} in all its documents", {}
-            yield f"lies at     {start}-{end} of a packed sequence of {bounds[-1]} tokens", {}
-            pieces = [_weighted(run, start) for run in runs]
-            ids = row["input_ids"][start:end]
-            yield from _show_pieces(ids, pieces, "weight 0", decode, full=full)
+    packs = _rows(source, trajectory_id)
+    found = [shown for pack in packs for shown in _packed(pack, trajectory_id, decode)]
+    if tokens is None:
+        return found
+    rows = _rows(read_manifest(tokens, stage="tokenize").checked(), trajectory_id)
+    judged = {} if labels is None else _judgements(rows[0], labels)
+    known = {step: each.label for step, each in judged.items()}
+    placed = []
+    for shown in found:
+        number, first = _place(shown.ids, rows, tokens=tokens, shards=source)
+        row, length = rows[number], len(shown.ids)
+        facts = [
+            *shown.facts,
+            ("cut from", f"tokens {first}-{first + length} of {row['num_tokens']}"),
+        ]
+        if judged and source.data["config"].get("calibration"):
+            facts.append(("labels", "as the critic gave them; pack weighted them calibrated"))
+        steps = placed_in(row, shown.stretches, first, length, labels=known)
+        shown = replace(shown, facts=tuple(facts), stretches=tuple(steps), context="context")
+        placed.append((number, first, shown))
+    return [shown for _, _, shown in sorted(placed, key=lambda each: each[:2])]
 
 
-def _weighted(run: dict[str, Any], offset: int) -> _Piece:
-    start = run["start"] - offset
-    return _Piece(
-        start=start,
-        end=start + run["length"],
-        title=f"weight {run['weight']:g}",
-        style=LABEL_STYLE["good" if run["weight"] >= 1 else "unnecessary"],
+def _packed(pack: dict[str, Any], trajectory_id: str, decode: Decode) -> Iterator[ShownTokens]:
+    """Yield a trajectory's documents in one packed sequence."""
+    bounds = list(accumulate(pack["seq_lengths"], initial=0))
+    sums = zip(pack["document_sum_weights"], pack["trajectory_sum_weights"], strict=True)
+    for owner, (start, end), (of_document, of_all) in zip(
+        pack["trajectory_ids"], pairwise(bounds), sums, strict=True
+    ):
+        if owner != trajectory_id:
+            continue
+        runs = [run for run in pack["loss_weights"] if start <= run["start"] < end]
+        facts = (
+            ("trajectory", trajectory_id),
+            ("tokens", f"{end - start}, {sum(run['length'] for run in runs)} of them weighted"),
+            ("weights", f"{of_document:.9g} in sum, {of_all:.9g} in all its documents"),
+            ("lies at", f"{start}-{end} of a packed sequence of {bounds[-1]} tokens"),
+        )
+        yield ShownTokens(
+            facts=facts,
+            ids=pack["input_ids"][start:end],
+            stretches=tuple(weighted(run, start) for run in runs),
+            context="weight 0",
+            decode=decode,
+        )
+
+
+def _place(
+    ids: Sequence[int], rows: Sequence[dict[str, Any]], *, tokens: Path, shards: Manifest
+) -> tuple[int, int]:
+    """Return which row a document was cut from, and where in it the document begins."""
+    sought = pl.Series(ids, dtype=pl.Int32).to_numpy().tobytes()
+    for number in sorted(range(len(rows)), key=lambda each: len(rows[each]["input_ids"])):
+        row = rows[number]
+        text = pl.Series(row["input_ids"], dtype=pl.Int32).to_numpy().tobytes()
+        place = text.find(sought)
+        while place > 0 and place % 4:  # an id has four bytes
+            place = text.find(sought, place + 1)
+        if place >= 0:
+            return number, place // 4
+    made_from = next(
+        (each["path"] for each in shards.data["inputs"] if each["stage"] == "tokenize"), "others"
+    )
+    raise ConfigError(
+        f"--tokens {tokens}: hold other tokens than {shards.path}, which was packed from "
+        f"{made_from}; give those"
     )
 
 
-def _show_pieces(
-    ids: Sequence[int],
-    pieces: list[_Piece],
-    context: str,
-    decode: Callable[[Sequence[int]], str],
-    *,
-    full: bool,
-) -> Iterator[Line]:
-    """Yield the lines of a document: its pieces whole, what lies between them clipped."""
-    position = 0
-    for piece in [*pieces, _Piece(start=len(ids), end=len(ids), title="", style={})]:
-        if piece.start > position:
-            yield "", {}
-            yield f"--- tokens {position}-{piece.start} | {context}", DIM
-            text = decode(ids[position : piece.start])
-            for line in clipped(text.split("\n"), None if full else SHOWN_LINES):
-                yield f"    {line}", DIM
-        if piece.end > piece.start:
-            yield "", {}
-            title = f"=== tokens {piece.start}-{piece.end} | {piece.title}"
-            yield title, {**piece.style, "bold": True}
-            for line in decode(ids[piece.start : piece.end]).split("\n"):
-                yield f"    {line}", piece.style
-        position = piece.end
-
-
-def _decoder(source: str, hashes: dict[str, Any]) -> Callable[[Sequence[int]], str]:
+def _decoder(source: str, hashes: dict[str, Any]) -> Decode:
     """Return the tokenizer's decoding.
 
     Raises:
@@ -268,45 +273,3 @@ def _decoder(source: str, hashes: dict[str, Any]) -> Callable[[Sequence[int]], s
         return backend.decode(ids, skip_special_tokens=False)
 
     return decode
-
-
-def clipped(lines: list[str], limit: int | None) -> list[str]:
-    """Return lines with the middle replaced by a count, where there are more than `limit`."""
-    if limit is None or len(lines) <= limit + 1:
-        return lines
-    half = limit // 2
-    return [*lines[:half], f"[... {len(lines) - 2 * half} more lines ...]", *lines[-half:]]
-
-
-def printable(text: str) -> str:
-    """Return text with control characters but tabs as escapes: it commands no terminal."""
-    return "".join(
-        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def _text_lines(message: Message) -> list[str]:
-    lines: list[str] = []
-    if message.reasoning_content:
-        thoughts = message.reasoning_content.removesuffix("\n").split("\n")
-        lines += ["[reasoning]", *thoughts, "[/reasoning]"]
-    if message.content:
-        lines += message.content.removesuffix("\n").split("\n")
-    if message.tool_calls:
-        lines += [f"> {_call_text(call)}" for call in orjson.loads(message.tool_calls)]
-    return lines
-
-
-def _call_text(call: Any) -> str:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        return orjson.dumps(call).decode()
-    arguments = function.get("arguments", "")
-    if not isinstance(arguments, str):
-        arguments = orjson.dumps(arguments).decode()
-    return f"{function.get('name')}({arguments})"
-
-
-def _name(message: Message) -> str:
-    return f" {message.name}" if message.name else ""

@@ -14,6 +14,9 @@ import orjson
 import polars as pl
 import pyarrow.parquet as pq
 
+from srft_prep.calibrated_columns import calibrated_columns
+from srft_prep.calibration import Calibration
+from srft_prep.ensembles import label_numbers
 from srft_prep.errors import ConfigError, LabelError
 from srft_prep.factors import (
     FactorColumns,
@@ -23,16 +26,15 @@ from srft_prep.factors import (
     with_trajectories,
 )
 from srft_prep.manifest import Manifest, read_manifest
-from srft_prep.schemas import LABELS_FILE, REJECTED_FILE
+from srft_prep.schemas import LABELS_FILE, PROBABILITIES, REJECTED_FILE
 from srft_prep.token_columns import StepIndex, TokenColumns
 from srft_prep.types import LABELS
-from srft_prep.weight_files import Growing, file_input, read_label_rows, where
+from srft_prep.weight_files import Growing, file_input, names_nobody, read_label_rows, where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BATCH_ROWS: Final = 1 << 18
-_PROBABILITIES: Final = [f"p_{label}" for label in LABELS]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +82,21 @@ def are_distributions(probabilities: "NDArray[np.floating]") -> "NDArray[np.bool
     return result
 
 
-def labels_input(path: Path) -> dict[str, Any]:
+def labels_input(path: Path, annotator: str | None = None) -> dict[str, Any]:
     """Return how a manifest names a label directory or a labels file: by content, and checked.
+
+    And by whose labels of a gold file are meant.
 
     Raises:
         ShardError: no finished output of `label`, or a damaged one.
-        ConfigError: no such file, or one of another kind.
+        ConfigError: no such file, or one of another kind, or an annotator of a directory.
     """
     if path.is_dir():
+        if annotator is not None:
+            raise names_nobody(path, annotator)
         return read_manifest(path, stage="label").checked().as_input()
-    return file_input(path, "labels")
+    named = {} if annotator is None else {"annotator": annotator}
+    return file_input(path, "labels") | named
 
 
 def read_judgements(
@@ -99,6 +106,8 @@ def read_judgements(
     *,
     soft: bool,
     rejected: frozenset[str] = frozenset(),
+    calibration: Calibration | None = None,
+    annotator: str | None = None,
 ) -> Judgements:
     """Return the labels of a label directory or a labels file; probabilities only where `soft`.
 
@@ -108,20 +117,30 @@ def read_judgements(
         index: their steps.
         soft: whether probabilities are wanted.
         rejected: trajectories that may have labels but, for a known reason, have no tokens.
+        calibration: what the labels go through; those of trajectories that lack some are left out.
+        annotator: whose labels of a gold file by several count (see `read_label_rows`).
 
     Raises:
         LabelError: an unknown label, two labels for a step, labels of two versions of a
             trajectory, a trajectory or step that is not there, or with `soft` probabilities that
             are no distribution.
-        ConfigError: `soft`, and no step has probabilities.
+        ConfigError: `soft`, and no step has probabilities; or it is not known whose labels count.
     """
     factors = None
+    measured = soft or calibration is not None
     if path.is_dir():
-        read = _directory(path, columns, soft=soft, rejected=rejected)
+        read = _directory(path, columns, soft=measured, rejected=rejected)
     else:
-        read, factor_columns = _file(path, columns, soft=soft, rejected=rejected)
+        read, factor_columns = _file(
+            path, columns, soft=measured, rejected=rejected, annotator=annotator
+        )
         factors = factor_columns.looked_up(path, columns, index)
-    if soft and len(read.labels) and np.isnan(read.probabilities).any(axis=1).all():
+    if (
+        soft
+        and not calibration
+        and len(read.labels)
+        and np.isnan(read.probabilities).any(axis=1).all()
+    ):
         raise ConfigError(
             f"--soft: the labels of {path} carry no probabilities; leave --soft out, or "
             "label with a critic that measures them, or with --votes"
@@ -143,10 +162,21 @@ def read_judgements(
             f"{read.where(again, columns)}: {name}: step {read.steps[again]} has two labels; "
             "keep one"
         )
+    spans, labels, probabilities = spans[fresh], read.labels[fresh], read.probabilities[fresh]
+    if calibration is not None:
+        whole, labels, probabilities = calibrated_columns(
+            calibration,
+            columns,
+            trajectories=read.trajectories[fresh],
+            steps=read.steps[fresh],
+            labels=labels,
+            probabilities=probabilities,
+        )
+        spans, probabilities = spans[whole], probabilities[:, : 3 if soft else 0]
     return Judgements(
-        spans=spans[fresh],
-        labels=read.labels[fresh],
-        probabilities=read.probabilities[fresh],
+        spans=spans,
+        labels=labels,
+        probabilities=probabilities,
         stale_trajectories=np.unique(read.trajectories[read.stale]),
         factors=factors,
     )
@@ -170,7 +200,7 @@ def _directory(path: Path, columns: TokenColumns, *, soft: bool, rejected: froze
         schema_overrides={"trajectory_id": pl.String, "tokenised": pl.String},
     )
     wanted = ["trajectory_id", "content_hash", "step_index", "label"]
-    wanted += _PROBABILITIES if soft else []
+    wanted += PROBABILITIES if soft else []
     read: list[dict[str, NDArray[Any]]] = []
     last = None
     with pq.ParquetFile(path / LABELS_FILE) as file:
@@ -202,29 +232,34 @@ def _refuse_unsound(path: Path, rows: pl.DataFrame, *, soft: bool) -> None:
             "another version than the steps before"
         )
     if soft:
-        given = rows.drop_nulls(_PROBABILITIES)
-        unsound = given.filter(~are_distributions(given.select(_PROBABILITIES).to_numpy()))
+        given = rows.drop_nulls(list(PROBABILITIES))
+        unsound = given.filter(~are_distributions(given.select(PROBABILITIES).to_numpy()))
         for row in unsound.head(1).iter_rows(named=True):
             raise LabelError(
                 f"{path}: {row['trajectory_id']}: step {row['step_index']}: expected probabilities "
-                f"that sum to 1, got {[row[name] for name in _PROBABILITIES]}"
+                f"that sum to 1, got {[row[name] for name in PROBABILITIES]}"
             )
 
 
 def _arrays(rows: pl.DataFrame, *, soft: bool) -> "dict[str, NDArray[Any]]":
     """Return rows of known trajectories as the columns of `_Read`."""
-    chances = rows.select(_PROBABILITIES if soft else []).fill_null(np.nan).to_numpy()
+    chances = rows.select(PROBABILITIES if soft else []).fill_null(np.nan).to_numpy()
     return {
         "trajectories": rows["trajectory"].to_numpy(),
         "steps": rows["step_index"].to_numpy(),
-        "labels": rows["label"].cast(pl.Enum(LABELS)).to_physical().cast(pl.Int8).to_numpy(),
+        "labels": label_numbers(rows["label"]),
         "probabilities": chances.reshape(rows.height, 3 if soft else 0),
         "stale": (rows["content_hash"] != rows["tokenised"]).to_numpy(),
     }
 
 
 def _file(
-    path: Path, columns: TokenColumns, *, soft: bool, rejected: frozenset[str]
+    path: Path,
+    columns: TokenColumns,
+    *,
+    soft: bool,
+    rejected: frozenset[str],
+    annotator: str | None,
 ) -> tuple[_Read, FactorColumns]:
     """Return the labels of a file, and what its rows say beside them."""
     grown = Growing(
@@ -233,7 +268,11 @@ def _file(
     )  # fmt: skip
     factors = FactorColumns()
     for row, trajectory in with_trajectories(
-        read_label_rows(path), path, columns, what="label", rejected=rejected
+        read_label_rows(path, annotator=annotator),
+        path,
+        columns,
+        what="label",
+        rejected=rejected,
     ):
         stale = row.content_hash not in (None, columns.content_hashes[trajectory])
         grown.add(

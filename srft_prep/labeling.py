@@ -1,50 +1,42 @@
-"""Trajectories -> labels: put every step to a critic, once, and keep every answer.
+"""Trajectories -> labels: put every step to a critic, or several, and keep every answer.
 
-Requests stream to the critic and replies into the ledger, each committed before the next is looked
-at. The tables are rebuilt from the ledger at the end (`label_tables`), with all that it holds of
-this critic and these trajectories, whichever of them this run asked about; memory holds one batch
-of rows and the ledger's index. A run with nothing to ask reads no message.
-
-Where a model finds a request over-long, its trajectory is asked about again in smaller ones, in
-further rounds. A budget ends a run before a request that could exceed it; a rerun goes on.
+What is missing is asked (`asking`) and kept in the ledger; the tables are rebuilt from it at the
+end (`label_tables`), with all that it holds of these critics and these trajectories, whichever of
+them this run asked about. Several critics take their turns: those of an ensemble see everything,
+those of a cascade what the critics before them left (`panel`). All answers are in one ledger, raw:
+another calibration, another rule for the ensemble or another threshold of the cascade costs no
+question twice.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import polars as pl
 
+from srft_prep.asking import RUN_TOTALS, Asking, NeededOf
+from srft_prep.calibration import Calibration
 from srft_prep.config import LabelConfig
-from srft_prep.critic import Critic, CriticReply, CriticRequest
-from srft_prep.critic.budget import Budget, most_usd
-from srft_prep.critic.parts import Part
+from srft_prep.critic import Critic, CriticRequest
+from srft_prep.critic.budget import Budget
 from srft_prep.errors import ConfigError
-from srft_prep.label_tables import SCALES, Row, is_labelled, rows_of, write_tables
-from srft_prep.ledger import USAGE, Key, Ledger, key_of, ledger_files
-from srft_prep.manifest import MANIFEST, Manifest, read_manifest
+from srft_prep.foresight import Foresight
+from srft_prep.label_tables import write_tables
+from srft_prep.ledger import USAGE, Ledger, ledger_files
+from srft_prep.ledger_labels import Needed, Row, rows_of
+from srft_prep.manifest import MANIFEST, Manifest, manifest_bytes, portable, read_manifest
+from srft_prep.object_mirror import is_mirrored
+from srft_prep.object_outputs import bring_ledgers
+from srft_prep.panel import Panel, needed_of, stages, trajectories_of
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import LABELS_FILE, REQUESTS_FILE
 from srft_prep.storage import StageWriter
-from srft_prep.trajectories import read_trajectories
-from srft_prep.types import LABELS as LABEL_NAMES
-from srft_prep.types import Trajectory
 
-GUESSED_TOKENS_PER_SECOND: Final = 1000
-"""What a machine reads, for the budget until its first reply: slow for any GPU."""
-_RUN_TOTALS: Final = (
-    "requests",
-    "limited_requests",
-    "trajectories",
-    "steps",
-    "scored_steps",
-    "flops",
-    "wall_seconds",
-)
+Flops = Callable[[int, int, int], float]
+"""Operations of a request by its prompt, cached and completion tokens."""
 
 
 def label(
@@ -53,66 +45,170 @@ def label(
     critic: Critic,
     config: LabelConfig,
     *,
+    calibration: Calibration | None = None,
     retry_failed: bool = False,
     overwrite: bool = False,
     budget: Budget | None = None,
-    flops: Callable[[int, int, int], float] | None = None,
+    flops: Flops | None = None,
+    command: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Label the steps of a trajectory directory by one critic: `label_together` of one."""
+    return label_together(
+        trajectories,
+        output,
+        [critic],
+        Panel.of(config, calibration),
+        retry_failed=retry_failed,
+        overwrite=overwrite,
+        budget=budget,
+        flops=[flops],
+        command=command,
+        progress=progress,
+    )
+
+
+def label_together(
+    trajectories: Path,
+    output: Path,
+    critics: Sequence[Critic],
+    panel: Panel,
+    *,
+    retry_failed: bool = False,
+    overwrite: bool = False,
+    budget: Budget | None = None,
+    flops: Sequence[Flops | None] = (),
     command: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Label the steps of a trajectory directory and return the label directory's manifest.
 
     A directory accumulates: another run with more trajectories adds to its ledger and its tables.
-    So does one of another critic or question with `overwrite`: the tables are then its own, and
-    the ledger keeps both. The manifest describes what the directory holds; its `run` tells of this
-    run: the requests `asked`, the trajectories `reused`, `damaged_ledger_lines`, and in `usage`
-    what was asked took.
+    So does one of other critics, questions or calibrations with `overwrite`: the tables are then
+    its own, and the ledger keeps all. The manifest describes what the directory holds; its `run`
+    tells of this run: the requests `asked`, the trajectories `reused`, `damaged_ledger_lines`, and
+    in `usage` what was asked took, in `members` by critic where there are several.
 
-    With `flops`, which tells the operations of a request by its prompt, cached and completion
-    tokens, `usage` has their sum, too.
+    Critics take turns, and each but the last is closed after its own, so that local models need
+    not fit together. The budget is that of all of them.
+
+    Args:
+        trajectories: output of `ingest`.
+        output: directory to write.
+        critics: as many as the panel has members, in their order.
+        panel: what becomes of their labels.
+        retry_failed: whether what failed in an earlier run is asked again.
+        overwrite: whether tables of other critics, questions or calibrations may go.
+        budget: what may be spent.
+        flops: of each critic, for its `usage`.
+        command: the command line, for the manifest.
+        progress: what shows how far it is.
 
     Raises:
         ShardError: `trajectories` is no finished `ingest` output.
-        ConfigError: the output cannot be written to, or its tables hold the labels of another
-            critic or question and `overwrite` is not set.
-        BackendError: the critic cannot work at all.
+        ConfigError: the output cannot be written to, or its tables hold the labels of others and
+            `overwrite` is not set.
+        BackendError: a critic cannot work at all.
     """
-    source = read_manifest(trajectories, stage="ingest").checked()
+    source = read_manifest(trajectories, stage="ingest")
+    config = panel.config
     if not overwrite:
-        _refuse_other_critic(output, config)
+        _refuse_others(output, config)
+    source.checked()
     with (
         StageWriter.open(
             output,
             stage="label",
-            config=asdict(config),
+            config=config.describe(),
             inputs=[source.as_input()],
             accumulates=True,
         ) as writer,
         Ledger(output) as ledger,
     ):
+        if writer.finished is not None:
+            return _as_it_is(
+                writer.finished, source, critics, panel, ledger, retry_failed=retry_failed
+            )
         budget = budget or Budget(None)
-        budget.spent_usd += ledger.spent_usd(config.critic_id, config.prompt_hash)
-        run = _Run(
-            source, critic, config, ledger, budget, progress or Silent(), retry_failed=retry_failed
-        )
-        run.flops = flops
-        run.ask()
+        for member in panel.members:
+            budget.spent_usd += ledger.spent_usd(member.critic_id, member.prompt_hash)
+        counts: Counter[str] = Counter()
+        usages: list[dict[str, float]] = []
+        known = _foreseen(output, writer.plan)
+        foresight: Foresight | None = None
+        for place, critic in enumerate(critics):
+            is_last = place == len(critics) - 1
+            if panel.is_cascade and is_last and critic.max_input_tokens is not None:
+                eager = known is None or counts["asked"] > 0
+                foresight = Foresight(critic, panel.members[place], ledger, eager=eager)
+            run = Asking(
+                source,
+                critic,
+                panel.members[place],
+                ledger,
+                budget,
+                progress or Silent(),
+                retry_failed=retry_failed,
+                needed=_needed(panel, ledger, place),
+                foresight=foresight,
+                assure=writer.assure,
+            )
+            run.flops = flops[place] if flops else None
+            run.ask()
+            counts += run.counts
+            usages.append(run.usage)
+            if not is_last:
+                critic.close()
+            if run.stopped:
+                counts["stopped_by_budget"] = 1
+                break
         (output / MANIFEST).unlink(missing_ok=True)
         unasked = "the critic gave no reply"
-        if run.stopped:
+        if counts["stopped_by_budget"]:
             unasked = f"the budget of ${budget.limit_usd:,.2f} would be exceeded; raise it"
-        counts, failures = write_tables(source, output, config, ledger, unasked=unasked)
-        if run.stopped:
-            run.counts["stopped_by_budget"] = 1
+        tables = write_tables(source, output, panel, ledger, unasked=unasked)
+        extra: dict[str, Any] = {"first_failures": tables.failures}
+        if tables.cascade is not None:
+            foreseen = None
+            if foresight is not None and not counts["stopped_by_budget"]:
+                is_known = known is not None and not counts["asked"]
+                foreseen = known if is_known else foresight.report(source)
+            extra["cascade"] = tables.cascade.as_dict(foreseen)
         if ledger.num_damaged:
-            run.counts["damaged_ledger_lines"] = ledger.num_damaged
+            counts["damaged_ledger_lines"] = ledger.num_damaged
         return writer.finish(
-            counts=dict(counts),
+            counts=dict(tables.counts),
             names=[LABELS_FILE, REQUESTS_FILE, *(path.name for path in ledger_files(output))],
             command=command or [],
-            extra={"first_failures": failures},
-            run={**run.counts, "usage": run.usage},
+            extra=extra,
+            run={**counts, "usage": _summed(usages), **_by_member(panel, usages)},
         )
+
+
+def _as_it_is(
+    held: Manifest,
+    source: Manifest,
+    critics: Sequence[Critic],
+    panel: Panel,
+    ledger: Ledger,
+    *,
+    retry_failed: bool,
+) -> Manifest:
+    """Return the manifest of labels that cannot be written to, where nothing is left to ask."""
+    counts: Counter[str] = Counter()
+    usages = []
+    for place, critic in enumerate(critics):
+        run = _asking(source, critic, panel, place, ledger, retry_failed=retry_failed)
+        run.drop_damaged()
+        if next(run.requests(None), None) is not None:
+            raise ConfigError(
+                f"{held.path}: cannot be written to, and there is something to ask "
+                f"{critic.critic_id}; make it writable, or choose another -o"
+            )
+        counts += run.counts
+        usages.append(run.usage)
+    told = {**counts, "usage": _summed(usages), **_by_member(panel, usages)}
+    return Manifest(path=held.path, stage=held.stage, data=held.data, run=told)
 
 
 def missing_requests(
@@ -128,13 +224,70 @@ def missing_requests(
     Raises:
         ShardError: `trajectories` is no finished `ingest` output.
     """
+    panel = Panel.of(config)
+    for _, requests in missing_together(
+        trajectories, output, [critic], panel, retry_failed=retry_failed
+    ):
+        yield from requests
+
+
+def missing_together(
+    trajectories: Path,
+    output: Path,
+    critics: Sequence[Critic],
+    panel: Panel,
+    *,
+    retry_failed: bool = False,
+) -> Iterator[tuple[int, Iterator[CriticRequest]]]:
+    """Yield each critic's place and what `label_together` would ask it; take it before the next.
+
+    Nothing is sent and nothing is written to the output. A critic of a cascade that costs nothing,
+    as the rules, is asked nonetheless, since the next one's requests depend on it. A model's
+    answers are not known before; what depends on them counts as left by it, so that later critics'
+    requests are the most that they can be.
+
+    Raises:
+        ShardError: `trajectories` is no finished `ingest` output.
+    """
     source = read_manifest(trajectories, stage="ingest").checked()
-    with Ledger(output) as ledger:
-        run = _Run(
-            source, critic, config, ledger, Budget(None), Silent(), retry_failed=retry_failed
-        )
-        run.drop_damaged()
-        yield from run.requests(None)
+    with TemporaryDirectory(prefix="srft-prep-") as folder:
+        if is_mirrored(output):
+            bring_ledgers(output, Path(folder))
+        else:
+            for file in ledger_files(output):
+                (Path(folder) / file.name).symlink_to(file.resolve())
+        with Ledger(Path(folder)) as ledger:
+            for place, critic in enumerate(critics):
+                new = partial(
+                    _asking, source, critic, panel, place, ledger, retry_failed=retry_failed
+                )
+                counted = new()
+                counted.drop_damaged()
+                yield place, counted.requests(None)
+                if panel.is_cascade and critic.max_input_tokens is None:
+                    new().ask()
+
+
+def _asking(
+    source: Manifest,
+    critic: Critic,
+    panel: Panel,
+    place: int,
+    ledger: Ledger,
+    *,
+    retry_failed: bool,
+) -> Asking:
+    """Return what a critic would be asked, without a budget and unseen."""
+    return Asking(
+        source,
+        critic,
+        panel.members[place],
+        ledger,
+        Budget(None),
+        Silent(),
+        retry_failed=retry_failed,
+        needed=_needed(panel, ledger, place),
+    )
 
 
 def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
@@ -153,223 +306,84 @@ def count_trajectories(trajectories: Path, config: LabelConfig) -> int:
         raise
 
 
-class _Run:
-    """One run's way through the trajectories."""
+def _needed(panel: Panel, ledger: Ledger, place: int) -> NeededOf | None:
+    """Return what tells which steps a critic is to label; None where it is all of them."""
+    if not panel.is_cascade or not place:
+        return None
 
-    def __init__(
-        self,
-        source: Manifest,
-        critic: Critic,
-        config: LabelConfig,
-        ledger: Ledger,
-        budget: Budget,
-        progress: Progress,
-        *,
-        retry_failed: bool,
-    ) -> None:
-        self.source, self.critic, self.config, self.ledger = source, critic, config, ledger
-        self.budget, self.progress, self.retry_failed = budget, progress, retry_failed
-        self.counts: Counter[str] = Counter()
-        self.usage: dict[str, float] = dict.fromkeys((*USAGE, *_RUN_TOTALS), 0)
-        """What was asked took: sums over the replies, and `_RUN_TOTALS`."""
-        self.flops: Callable[[int, int, int], float] | None = None
-        """Operations of a request by its prompt, cached and completion tokens."""
-        self.stopped = False
-        """Whether the budget ended the run."""
-        self._reserved: dict[tuple[str, str], float] = {}
-        """Money set aside, by the content and the part of a request that is out."""
-        self._open: Counter[str] = Counter()
-        """Requests without a reply, by their trajectory's content."""
-        self._asked: set[tuple[str, str]] = set()
-        """Requests of this run, by content and part."""
-        self._met: set[str] = set()
-        """Trajectories that this run asked about, or need not ask about."""
+    def needed(part: Path, rows: Sequence[Row]) -> list[Needed]:
+        found = trajectories_of(part, panel, selected=True)
+        taken = stages(panel, ledger, found, number=place)
+        names = (row.trajectory_id for row in found.rows[place])
+        by_name = dict(zip(names, needed_of(panel, found, taken, place), strict=True))
+        return [by_name[row.trajectory_id] for row in rows]
 
-    def ask(self) -> None:
-        """Put every request to the critic that has no answer, until none is left to ask."""
-        self.drop_damaged()
-        started = time.monotonic()
-        only: set[str] | None = None
-        while True:  # each round but the last asks something that was not asked before
-            num_asked, self.stopped = len(self._asked), False
-            over_long = self._round(only)
-            if len(self._asked) == num_asked or not (over_long or self.stopped):
-                break
-            only = None if self.stopped else over_long
-        self.usage["wall_seconds"] = time.monotonic() - started
-
-    def _round(self, only: set[str] | None) -> set[str]:
-        """Ask what is missing, of some contents only; return those that were over-long.
-
-        Where the user interrupts, what had come back is committed first.
-        """
-        over_long: set[str] = set()
-        replies = self.critic.label(self.requests(only))
-        reply: CriticReply | None = None
-        try:
-            for reply in replies:
-                if self._commit(reply):
-                    over_long.add(reply.request.content_hash)
-        except KeyboardInterrupt as interrupt:
-            if reply is not None and not self.ledger.has(self._key(reply), failed=True):
-                self._commit(reply)
-            if isinstance(replies, Generator):
-                with suppress(KeyboardInterrupt, StopIteration):
-                    held = replies.throw(interrupt)
-                    while True:
-                        self.ledger.append(self._key(held), _checked(held))
-                        held = next(replies)
-            raise
-        return over_long
-
-    def _key(self, reply: CriticReply) -> Key:
-        config = self.config
-        return key_of(reply.request, critic_id=config.critic_id, prompt_hash=config.prompt_hash)
-
-    def drop_damaged(self) -> None:
-        """Take answers that lack a step for damaged."""
-        for row in rows_of(self.source.parts, self.config):
-            for part in self.ledger.parts(row.subject):
-                if parsed := Part.parse(part):
-                    steps = parsed.steps(row.num_steps)
-                    self.ledger.drop_unless_complete((*row.subject, part), steps=steps)
-
-    def _commit(self, reply: CriticReply) -> bool:
-        """Keep a reply; return whether its request was over-long."""
-        checked = _checked(reply)
-        request = checked.request
-        self.ledger.append(self._key(checked), checked)
-        reserved = self._reserved.pop((request.content_hash, request.part), 0.0)
-        self.budget.settle(reserved, checked.usd)
-        self.counts["asked"] += 1
-        for name in USAGE:
-            self.usage[name] += getattr(request if name == "clipped_tokens" else checked, name)
-        if self.flops is not None:
-            tokens = (checked.prompt_tokens, checked.cached_tokens, checked.completion_tokens)
-            self.usage["flops"] += self.flops(*tokens)
-        self.usage["requests"] += 1
-        self.usage["steps"] += len(checked.labels)
-        self.usage["scored_steps"] += sum(each.p_good is not None for each in checked.labels)
-        self.usage["limited_requests"] += request.part.startswith("steps:")
-        if checked.failure is not None and checked.failure.startswith("over-long"):
-            return True
-        self._open[request.content_hash] -= 1
-        if not self._open[request.content_hash]:
-            self.usage["trajectories"] += 1
-            spent = self.budget.spent_usd
-            self.progress.advance(note=f"${spent:,.2f}" if spent else "")
-        return False
-
-    def requests(self, only: set[str] | None) -> Iterator[CriticRequest]:
-        """Yield the requests that the ledger has no answer to, each once; of some contents only."""
-        for part in self.source.parts:
-            rows: dict[str, Row] = {}
-            for row in rows_of([part], self.config):
-                if not row.selected or (only is not None and row.subject[0] not in only):
-                    continue
-                if is_labelled(self.ledger, row, self.config):
-                    self._reuse(row)
-                else:
-                    rows[row.trajectory_id] = row
-            for trajectory in read_trajectories([part]) if rows else ():
-                asked = rows.get(trajectory.trajectory_id)
-                if asked is None:
-                    continue
-                missing = self._missing(trajectory, asked)
-                if missing:
-                    self._met.add(trajectory.trajectory_id)
-                    self._open[trajectory.content_hash] = len(missing)
-                else:
-                    self._reuse(asked)
-                for request in missing:
-                    if not self._reserve(request):
-                        self.stopped = True
-                        return
-                    self._asked.add((request.content_hash, request.part))
-                    yield request
-
-    def _missing(self, trajectory: Trajectory, row: Row) -> list[CriticRequest]:
-        """Return what is to be asked about a trajectory."""
-        planned: Sequence[CriticRequest] = ()
-        for scale in SCALES:
-            try:
-                planned = self.critic.plan(trajectory, scale=scale)
-            except ConfigError:  # not even one step fits so little
-                planned = ()
-            if not any(self._was_over_long(request, row) for request in planned):
-                break
-            planned = ()
-        return [
-            request
-            for request in planned
-            if (request.content_hash, request.part) not in self._asked
-            and not self._is_settled((*row.subject, request.part))
-        ]
-
-    def _is_settled(self, key: Key) -> bool:
-        """Return whether a request need not be asked: a server that was gone settles nothing."""
-        failure = self.ledger.failure(key)
-        if failure is not None and failure.startswith("unavailable"):
-            return False
-        return self.ledger.has(key, failed=not self.retry_failed)
-
-    def _was_over_long(self, request: CriticRequest, row: Row) -> bool:
-        """Return whether the model found a request over-long; with `retry_failed`, in this run."""
-        if self.retry_failed and (request.content_hash, request.part) not in self._asked:
-            return False
-        failure = self.ledger.failure((*row.subject, request.part))
-        return failure is not None and failure.startswith("over-long")
-
-    def _reuse(self, row: Row) -> None:
-        """Count a trajectory that is not asked about, the first time that it is met."""
-        if row.trajectory_id not in self._met:
-            self._met.add(row.trajectory_id)
-            self.counts["reused"] += 1
-            self.progress.advance()
-
-    def _reserve(self, request: CriticRequest) -> bool:
-        """Set the most that a request can cost aside; False where the budget does not allow it."""
-        rates = self.critic.rates
-        most = most_usd(request.question, rates)
-        if rates.usd_per_hour and self.counts["asked"]:
-            most = self.usage["usd"] / self.counts["asked"]
-        elif rates.usd_per_hour and request.question is not None:
-            seconds = request.question.prompt_tokens / GUESSED_TOKENS_PER_SECOND
-            most = rates.usd_per_hour * seconds / 3600
-        if not self.budget.reserve(most):
-            return False
-        self._reserved[request.content_hash, request.part] = most
-        return True
+    return needed
 
 
-def _refuse_other_critic(output: Path, config: LabelConfig) -> None:
+def _foreseen(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what an earlier run of the same plan told of the last critic of a cascade.
+
+    It stands where nothing was asked since.
+    """
     if not (output / MANIFEST).exists():
+        return None
+    data = read_manifest(output).data
+    if any(portable(data[key]) != portable(plan[key]) for key in ("config", "inputs")):
+        return None
+    told = data.get("cascade") or {}
+    found = {name: told.get(name) for name in ("last_alone", "last_asked")}
+    return None if None in found.values() else found
+
+
+def _summed(usages: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(usage[name] for usage in usages) for name in (*USAGE, *RUN_TOTALS)}
+
+
+def _by_member(panel: Panel, usages: Sequence[dict[str, float]]) -> dict[str, Any]:
+    if len(panel.members) == 1:
+        return {}
+    members = [
+        {"critic_id": member.critic_id, "prompt_hash": member.prompt_hash, "usage": usage}
+        for member, usage in zip(panel.members, usages, strict=False)
+    ]
+    return {"members": members}
+
+
+def _refuse_others(output: Path, config: LabelConfig) -> None:
+    if manifest_bytes(output) is None:
         return
     held = read_manifest(output).data["config"]
-    old = held.get("critic_id"), held.get("prompt_hash")
-    new = config.critic_id, config.prompt_hash
-    if None in old or old == new:
+    array = config.describe().get("array")
+    if held.get("array") != array:
+        raise ConfigError(
+            f"{output}: holds labels of {_job_in_words(held.get('array'))}, expected those of "
+            f"{_job_in_words(array)}; choose another -o, or say --overwrite to write the tables "
+            "anew; the ledger keeps all answers"
+        )
+    old = held.get("critic_id"), held.get("prompt_hash"), held.get("calibration")
+    new = config.critic_id, config.prompt_hash, config.calibration
+    if None in old[:2] or old == new:
         return
     old_name, new_name = (
-        f"{critic} (prompt {prompt})" if old[0] == new[0] else critic
-        for critic, prompt in (old, new)
+        critic
+        + f" (prompt {prompt})" * (old[0] == new[0] and old[1] != new[1])
+        + (f" (calibration {(calibration or 'none')[:12]})" if old[2] != new[2] else "")
+        for critic, prompt, calibration in (old, new)
     )
+    for name, value in (("sure", config.sure), ("audit", config.audit)):
+        if held.get(name) not in (None, value) and value is not None:
+            old_name, new_name = (
+                f"{old_name} --{name} {held[name]:g}",
+                f"{new_name} --{name} {value:g}",
+            )
     raise ConfigError(
         f"{output}: holds labels of {old_name}; choose another -o, or say --overwrite to write "
         f"the tables of {new_name} anew; the ledger keeps both"
     )
 
 
-def _checked(reply: CriticReply) -> CriticReply:
-    """Return the reply, or a failure where its labels are not exactly those asked for."""
-    if reply.failure is not None:
-        return replace(reply, labels=())
-    got = [step_label.step_index for step_label in reply.labels]
-    unknown = {step_label.label for step_label in reply.labels}.difference(LABEL_NAMES)
-    if sorted(got) != sorted(reply.request.steps):
-        reason = f"expected one label for each of {len(reply.request.steps)} steps, got {got}"
-    elif unknown:
-        reason = f"expected labels {', '.join(LABEL_NAMES)}, got {', '.join(sorted(unknown))}"
-    else:
-        return reply
-    return replace(reply, labels=(), failure=reason)
+def _job_in_words(array: dict[str, int] | None) -> str:
+    if array is None:
+        return "all trajectories"
+    return f"the array job {array['shard_index']} of {array['num_shards']}"

@@ -1,6 +1,6 @@
 """The append-only store of finished critic requests.
 
-    DIR/ledger-00000.jsonl, ledger-00001.jsonl, ...   one a run, one line a finished request
+    DIR/ledger-00000.jsonl, ledger-00001.jsonl, ...   one or more a run; a line a finished request
 
 A line is written and flushed when its request finishes, so that kill -9 loses nothing that had
 come back, and the key (content_hash, critic_id, prompt_hash, part) is looked up before asking, so
@@ -30,6 +30,12 @@ _NAME: Final = re.compile(r"ledger-(\d+)\.jsonl")
 
 _MAX_STEPS: Final = 1 << 31
 """`step_index` is an int32."""
+
+ROLL_BYTES: Final = 16 << 20
+"""Size from which on a run goes on in another file: in a store, a file that grew is sent whole."""
+
+_OPEN_FILES: Final = 16
+"""Files that are open for reading at a time: a large ledger has more than a process may open."""
 
 USAGE: Final = (
     "prompt_tokens",
@@ -62,7 +68,9 @@ class Ledger:
         self._places: dict[Key, _Place] = {}
         self._parts: dict[Subject, list[str]] = {}
         self._earlier: dict[Key, list[_Place]] = {}
-        self._files: list[BinaryIO] = []
+        self._files: list[Path] = []
+        self._open: dict[Path, BinaryIO] = {}
+        """Open for reading; the one that was needed last is the last."""
         self._writer: BinaryIO | None = None
         for path in ledger_files(folder):
             self._index(path)
@@ -83,8 +91,8 @@ class Ledger:
         if self._writer is not None:
             os.fsync(self._writer.fileno())
             self._writer.close()
-        for file in self._files:
-            file.close()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def has(self, key: Key, *, failed: bool) -> bool:
         """Return whether a key was answered; a failure counts as an answer only with `failed`."""
@@ -129,7 +137,7 @@ class Ledger:
         """Write one finished request down."""
         entry = _entry(key, reply)
         line = orjson.dumps(entry) + b"\n"
-        if self._writer is None:
+        if self._writer is None or self._writer.tell() >= ROLL_BYTES:
             self._open_writer()
         assert self._writer is not None
         offset = self._writer.tell()
@@ -153,28 +161,41 @@ class Ledger:
         )
 
     def _read(self, place: "_Place") -> dict[str, Any]:
-        line = os.pread(self._files[place.file].fileno(), place.length, place.offset)
+        file = self._opened(self._files[place.file])
+        line = os.pread(file.fileno(), place.length, place.offset)
         entry: dict[str, Any] = orjson.loads(line)
         return entry
+
+    def _opened(self, path: Path) -> BinaryIO:
+        file = self._open.pop(path, None)
+        if file is None:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            file = path.open("rb")
+        self._open[path] = file
+        return file
 
     def _open_writer(self) -> None:
         matches = (_NAME.fullmatch(path.name) for path in ledger_files(self.folder))
         numbers = [int(match[1]) for match in matches if match]
         path = self.folder / f"ledger-{max(numbers, default=-1) + 1:05d}.jsonl"
-        self._writer = path.open("xb")
-        self._files.append(path.open("rb"))
+        before, self._writer = self._writer, path.open("xb")  # where that fails, `before` goes on
+        self._files.append(path)
+        if before is not None:
+            with before:
+                os.fsync(before.fileno())
 
     def _index(self, path: Path) -> None:
-        file = path.open("rb")
-        self._files.append(file)
+        self._files.append(path)
         offset = 0
-        for line in file:
-            entry = _read_entry(line)
-            if entry is not None:
-                self._add(_key_in(entry), offset, len(line), entry)
-            elif line.endswith(b"\n"):
-                self.num_damaged += 1
-            offset += len(line)
+        with path.open("rb") as file:
+            for line in file:
+                entry = _read_entry(line)
+                if entry is not None:
+                    self._add(_key_in(entry), offset, len(line), entry)
+                elif line.endswith(b"\n"):
+                    self.num_damaged += 1
+                offset += len(line)
 
 
 def ledger_files(folder: Path) -> list[Path]:

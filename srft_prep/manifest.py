@@ -1,18 +1,36 @@
 """What a finished stage directory says about itself, and how to believe it."""
 
-import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
 import orjson
 import pyarrow.parquet as pq
 
+from srft_prep import __version__
 from srft_prep.errors import ShardError
+from srft_prep.hashes import hash_of, sha256_of
+from srft_prep.object_mirror import (
+    address_of,
+    fetch,
+    fetched,
+    lies_in_store,
+    manifest_of,
+    names_below,
+)
 from srft_prep.schemas import LABELS_FILE, SCHEMA_VERSION
 
 MANIFEST: Final = "manifest.json"
 PROGRESS: Final = ".progress"
+PLAN: Final = "plan.json"
+"""File of the journal: what an unfinished run is about."""
+FILES: Final = "files_sha256"
+"""Key of a journal entry: the files of its unit of work, as they were written."""
+LEDGERS: Final = "ledger-*.jsonl"
+"""What critics answered: paid for, so that no stage and no `overwrite` ever removes it."""
+BATCHES: Final = "batches-*.jsonl*"
+"""The jobs that providers were given, paid for too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,30 +60,63 @@ class Manifest:
 
     @property
     def parts(self) -> list[Path]:
-        """The stage's Parquet parts or shards, in order."""
+        """The stage's Parquet parts or shards, in order; fetched, if they lie in a store.
+
+        Raises:
+            ShardError: in the store one is missing or was changed.
+        """
+        if lies_in_store(self.path):
+            self._refuse(fetched(self.path, self._inputs()))
         return [
             self.path / file["name"]
             for file in self.files
             if file["name"].startswith(("part-", "shard-"))
         ]
 
+    def is_of(self, plan: dict[str, Any]) -> bool:
+        """Return whether this is what a plan made, wherever its inputs lay."""
+        return all(
+            portable(self.data.get(key)) == portable(plan[key])
+            for key in ("schema_version", "stage", "config", "inputs")
+        )
+
     def checked(self) -> Self:
-        """Return this manifest, its tables being found to hold the bytes that were written.
+        """Return this manifest, its files being found to hold the bytes that were written.
 
         Every stage calls it on its inputs: Parquet readers take half of all flipped bytes for good
         data. Costs one pass of SHA-256 (0.8 GB/s on a 2.9 GHz core without SHA instructions).
 
         Raises:
-            ShardError: a table is missing or was changed.
+            ShardError: a file is missing or was changed; but for ledgers, which are no input.
         """
-        for file in self.files:
-            path = self.path / file["name"]
-            if path.suffix != ".jsonl" and sha256_of(path) != file["sha256"]:
-                what = "changed since it was written" if path.exists() else "missing"
-                raise ShardError(
-                    f"{path}: {what}; restore it, or delete {self.path} and run {self.stage} again"
-                )
+        self._refuse(self.problems())
         return self
+
+    def problems(self, *, ledgers: bool = False, anew: bool = False) -> dict[str, str]:
+        """Return what is wrong with the files, by name.
+
+        Args:
+            ledgers: whether ledgers are looked at, too, which are no input of a stage.
+            anew: whether files of a store are fetched although they are here.
+        """
+        files = self.files if ledgers else self._inputs()
+        if lies_in_store(self.path):
+            return fetch(self.path, files, anew=anew)
+        return {
+            file["name"]: "changed since it was written" if path.exists() else "missing"
+            for file in files
+            if sha256_of(path := self.path / file["name"]) != file["sha256"]
+        }
+
+    def _inputs(self) -> list[dict[str, Any]]:
+        return [file for file in self.files if not fnmatch(file["name"], LEDGERS)]
+
+    def _refuse(self, problems: dict[str, str]) -> None:
+        for name, what in problems.items():
+            where = address_of(self.path)
+            raise ShardError(
+                f"{where}/{name}: {what}; restore it, or delete {where} and run {self.stage} again"
+            )
 
     def as_input(self) -> dict[str, Any]:
         """Return how a later stage names this one: by content, not by where it lies.
@@ -77,7 +128,37 @@ class Manifest:
             for file in self.files
             if self.stage != "label" or file["name"] == LABELS_FILE
         ]
-        return {"path": str(self.path), "stage": self.stage, "sha256": hash_of(names)}
+        return {"path": address_of(self.path), "stage": self.stage, "sha256": hash_of(names)}
+
+
+def plan_of(stage: str, config: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a run is about, as it will be read again: a tuple becomes a list."""
+    plan = {
+        "schema_version": SCHEMA_VERSION,
+        "package_version": __version__,
+        "stage": stage,
+        "config": config,
+        "inputs": inputs,
+    }
+    read: dict[str, Any] = orjson.loads(orjson.dumps(plan))
+    return read
+
+
+def portable(value: Any) -> Any:
+    """Return a manifest value without its inputs' paths: moving a directory changes nothing."""
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items() if key != "path"}
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Return a journal file's value; None where it is missing or damaged: the work is redone."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return None
 
 
 def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:
@@ -87,17 +168,19 @@ def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:
         ShardError: no stage directory, an unfinished one, another stage than asked for, or one
             written by a newer version.
     """
-    file = path / MANIFEST
-    try:
-        data = orjson.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        if (path / PROGRESS).is_dir():
+    where = address_of(path)
+    file = f"{where}/{MANIFEST}"
+    content = manifest_bytes(path)
+    if content is None:
+        if PROGRESS in names_in(path):
             raise ShardError(
-                f"{path}: unfinished: the run that writes it was interrupted; give its command "
+                f"{where}: unfinished: the run that writes it was interrupted; give its command "
                 "again to continue"
-            ) from None
+            )
         wanted = f"srft-prep {stage} output" if stage else "srft-prep output"
-        raise ShardError(f"{path}: expected {wanted}, but there is no {MANIFEST}") from None
+        raise ShardError(f"{where}: expected {wanted}, but there is no {MANIFEST}")
+    try:
+        data = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise ShardError(f"{file}: damaged, not JSON: {error}") from None
     if not isinstance(data, dict) or "schema_version" not in data:
@@ -110,8 +193,28 @@ def read_manifest(path: Path, *, stage: str | None = None) -> Manifest:
     if problem := _problem_of(data):
         raise ShardError(f"{file}: damaged: {problem}")
     if stage and data["stage"] != stage:
-        raise ShardError(f"{path}: expected the output of {stage}, this is one of {data['stage']}")
+        raise ShardError(f"{where}: expected the output of {stage}, this is one of {data['stage']}")
     return Manifest(path=path, stage=data["stage"], data=data)
+
+
+def manifest_bytes(path: Path) -> bytes | None:
+    """Return the manifest of a directory as it lies there; None where there is none.
+
+    In a store it is the store's that counts, unless this process writes the directory.
+    """
+    if lies_in_store(path):
+        return manifest_of(path)
+    try:
+        return (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def names_in(path: Path) -> set[str]:
+    """Return the names of the files and folders in a directory, or in the store where it lies."""
+    if lies_in_store(path):
+        return {name.partition("/")[0] for name in names_below(path)}
+    return {entry.name for entry in path.iterdir()} if path.is_dir() else set()
 
 
 _TYPES: Final = {"config": dict, "inputs": list, "counts": dict, "files": list}
@@ -142,25 +245,26 @@ def _problem_of(data: dict[str, Any]) -> str | None:
             isinstance(file.get(key), str) for key in ("name", "sha256")
         ):
             return "files: expected objects with a name and its sha256"
+        if not _is_below(file["name"]):
+            return f"files: {file['name'][:80]!r} is no place in the directory"
     return None
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's `name`, `bytes`, `sha256` and, for Parquet, `rows`."""
-    described = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _is_below(name: str) -> bool:
+    """Return whether a name leads to a file of the directory: overwriting deletes what it names."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and "\0" not in name and not {"..", "/", "//"} & {*path.parts}
+
+
+def describe_file(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
+    """Return a file's `name`, `bytes`, `sha256` and, for Parquet, `rows`.
+
+    Args:
+        path: the file.
+        sha256: its hash, where it is known.
+    """
+    digest = sha256 or sha256_of(path)
+    described = {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
     if path.suffix == ".parquet":
         described["rows"] = pq.read_metadata(path).num_rows
     return described
-
-
-def sha256_of(path: Path) -> str | None:
-    """Return the SHA-256 of a file's bytes, in hex; None where there is no such file."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_of(value: Any) -> str:
-    """Return the SHA-256, in hex, of a value's canonical JSON."""
-    return hashlib.sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from srft_prep.errors import ConfigError
+from srft_prep.object_inputs import bring_raw
+from srft_prep.object_mirror import input_place
+from srft_prep.object_storage import is_url
 from srft_prep.readers import Origin
-from srft_prep.records import Record, discover, records
+from srft_prep.records import SUFFIXES, Record, discover, records, stage_of
 
 _TABLE_KEYS: Final = {"instance_id", "trajectory_id", "traj_id", "run_id", "model", "resolved"}
 _REPORT_KEYS: Final = {"tests_status", "patch_exists"}
@@ -86,8 +89,9 @@ def read_outcomes(paths: Iterable[str], *, sources: Iterable[Path]) -> Outcomes:
     folders = {part for source in sources for part in source.absolute().parent.parts}
     outcomes = Outcomes(run_folders=frozenset(folders))
     for given in paths:
-        named = Path(given).is_file()
-        if not sum(_add_file(outcomes, file, named=named) for file in report_files(given)):
+        files = report_files(given)
+        named = (input_place(given) if is_url(given) else Path(given)).is_file()
+        if not sum(_add_file(outcomes, file, named=named) for file in files):
             raise ConfigError(
                 f"{given}: no outcomes found: expected a SWE-bench report.json, a run summary "
                 "with resolved_ids, a folder of them, or CSV/JSONL with instance_id,resolved"
@@ -101,6 +105,9 @@ def report_files(given: str) -> list[Path]:
     Raises:
         ConfigError: the path does not exist.
     """
+    if is_url(given):
+        places = bring_raw(given, (*SUFFIXES, ".csv"), stage_of)
+        return [file for place in places for file in report_files(str(place))]
     if Path(given).is_file():
         return [Path(given)]
     files = [path for path in discover([given]) if not path.name.endswith(_RUN_SUFFIXES)]

@@ -12,8 +12,11 @@ import click
 
 from srft_prep.config import DEFAULT_SEQ_LEN, MAX_INTEGER
 from srft_prep.errors import ConfigError
+from srft_prep.object_mirror import address_of
+from srft_prep.object_storage import is_url
 from srft_prep.options import (
     FOLDER,
+    FOLDER_OR_FILE,
     command_line,
     finish,
     json_option,
@@ -34,9 +37,16 @@ FILE_SUFFIXES: Final = (".jsonl", ".parquet")
 @output_option
 @click.option(
     "--labels",
-    type=click.Path(exists=True, path_type=Path),
+    type=FOLDER_OR_FILE,
     metavar="DIR|FILE",
-    help="Output of label, or a .jsonl or .parquet file of labels; needed by the masked recipes.",
+    help="Output of label, or a .jsonl or .parquet file of labels, such as a gold file; needed by "
+    "the masked recipes.",
+)
+@click.option(
+    "--annotator",
+    metavar="NAME",
+    help="Whose labels count, where --labels is a gold file by several people; agreed: what they "
+    "all say, or who adjudicated.",
 )
 @click.option(
     "--recipe",
@@ -53,6 +63,12 @@ FILE_SUFFIXES: Final = (".jsonl", ".parquet")
     help="Weight of a step by its label, each >= 0, and what multiplies the weight of its parts: "
     "thought, tool_call, end_of_turn. Or a .jsonl or .parquet file with trajectory_id, "
     "step_index, weight and, if need be, part or field, start, end (characters). Repeatable.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Calibration (critic-eval --calibrate) that the labels go through; one that looks at "
+    "which rules fired is label's to apply.",
 )
 @click.option("--soft", is_flag=True, help="Weight by the label probabilities' expected value.")
 @click.option(
@@ -126,6 +142,8 @@ def pack(
     output: Path,
     weights: tuple[str, ...],
     labels: Path | None,
+    annotator: str | None,
+    calibration: str | None,
     workers: int,
     overwrite: bool,
     as_json: bool,
@@ -133,13 +151,18 @@ def pack(
 ) -> None:
     """Weight the steps of TOKENS by their labels and pack them into shards."""
     from srft_prep.config import PackConfig
+    from srft_prep.hashes import sha256_of
     from srft_prep.progress import shown
     from srft_prep.shards import pack as run
 
+    if annotator is not None and labels is None:
+        raise click.UsageError("--annotator: expected --labels FILE with it, a gold file")
     named, files = _split(weights)
+    calibration_path = _calibration_path(calibration)
     config = PackConfig(
         weights={name: value for name, value in named.items() if name in LABELS},
         part_weights={name: value for name, value in named.items() if name in PARTS},
+        calibration=sha256_of(calibration_path) if calibration_path else None,
         **settings,
     )
     with shown("pack", total=None, unit="sequences") as progress:
@@ -148,6 +171,8 @@ def pack(
             output,
             config,
             labels=labels,
+            annotator=annotator,
+            calibration=calibration_path,
             weight_files=files,
             workers=workers,
             overwrite=overwrite,
@@ -155,16 +180,42 @@ def pack(
             progress=progress,
         )
     _tell(manifest, config.recipe)
+    if calibration_path and labels and labels.is_file():
+        click.echo(
+            f"note: {address_of(labels)} does not say whose labels it holds; --calibration counts "
+            "as theirs",
+            err=True,
+        )
     finish(manifest, as_json, failed=manifest.counts["missing_label"] > 0)
+
+
+def _calibration_path(word: str | None) -> Path | None:
+    """Return the file that `--calibration` names."""
+    if word is None:
+        return None
+    from srft_prep.calibration_files import calibration_file
+
+    path = calibration_file(word)
+    if not path.is_file():
+        raise ConfigError(f"--calibration: {path}: there is no such file")
+    return path
 
 
 def _split(weights: Sequence[str]) -> tuple[dict[str, float], list[Path]]:
     """Return the weights that are named and the files among values of `--weights`."""
-    files = [Path(value) for value in weights if value.endswith(FILE_SUFFIXES)]
+    files = [_input(value) for value in weights if value.endswith(FILE_SUFFIXES)]
     for path in files:
         if not path.is_file():
             raise ConfigError(f"--weights: {path}: there is no such file")
     return parse_weights(*(value for value in weights if not value.endswith(FILE_SUFFIXES))), files
+
+
+def _input(word: str) -> Path:
+    if is_url(word):
+        from srft_prep.object_inputs import input_path
+
+        return input_path(word, folder=False)
+    return Path(word)
 
 
 def _tell(manifest: "Manifest", recipe: str) -> None:

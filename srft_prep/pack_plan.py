@@ -6,7 +6,7 @@ step at most.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -77,8 +77,9 @@ def make_plan(
         seq_len=config.seq_len,
         overlong=config.overlong,
     )
-    ours = segments.select(taken[segments.rows])
-    runs, lost = weighted_runs(ours, documents, num_steps=len(columns.steps))
+    weights = np.where(taken[segments.rows], segments.weights, 0)
+    segments = replace(segments, weights=weights)
+    runs, lost = weighted_runs(segments, documents, num_steps=len(columns.steps))
     counts.update(lost)
     documents, runs = _thinned(documents, runs, config, counts)
     told = {name: counts[name] for name in COUNTED} | +counts

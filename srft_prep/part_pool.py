@@ -2,7 +2,7 @@
 
 Every process gets the same set-up once. Results come as they finish. The processes never see a
 Ctrl-C, which is the parent's to handle, and kill themselves when the parent is gone, even by
-kill -9.
+kill -9. A process that dies at any time, while it starts too, ends the run in words.
 """
 
 import os
@@ -13,9 +13,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, connection, get_context, parent_process
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from srft_prep.errors import BackendError
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -42,11 +45,16 @@ def run_jobs(
         BackendError: a process died.
         Exception: whatever a job raised; the others are stopped.
     """
+    context = get_context("spawn")
+    workers = min(workers, len(jobs))
+    # Not by `initargs`: they may be larger than a pipe, and a process that died before it had read
+    # them would leave us writing to it for ever.
+    setup = context.Queue()
+    setup.cancel_join_thread()
+    for _ in range(workers):
+        setup.put(start_arguments)
     with ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=get_context("spawn"),
-        initializer=_start,
-        initargs=(start, start_arguments),
+        workers, mp_context=context, initializer=_start, initargs=(start, setup)
     ) as pool:
         try:
             with _interrupts_held():
@@ -86,11 +94,11 @@ def _interrupts_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _start(start: Callable[..., None], setup: "Queue[tuple[Any, ...]]") -> None:
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    start(*arguments)
+    start(*setup.get())
 
 
 def _die_with(sentinel: int) -> None:

@@ -40,6 +40,11 @@ def shown(title: str, *, total: int | None, unit: str) -> Iterator[Progress]:
         yield _Plain(title, total=total, unit=unit)
 
 
+def plain(title: str, *, total: int | None, unit: str) -> Progress:
+    """Return a Progress of one line every few seconds, which may go on beside another one."""
+    return _Plain(title, total=total, unit=unit)
+
+
 class _Plain:
     def __init__(self, title: str, *, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -80,13 +85,13 @@ def _bar(title: str, *, total: int | None, unit: str) -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn(unit, markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as rich:
         task = rich.add_task(title, total=total, note="")

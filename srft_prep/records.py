@@ -2,41 +2,41 @@
 
 A file's kind is read off its bytes, not its name. A record that cannot be parsed comes out as a
 record with an `error`, and the file goes on behind it; nothing here raises for bad data. Every
-record knows its position, so that an interrupted ingest can go on at any of them.
+record knows its position, so that an interrupted ingest can go on at any of them. Memory is bounded
+by the limits of a record, whatever a file holds and expands to.
 """
 
-import gzip
 import io
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import orjson
 
+from srft_prep.decompression import DamageError, decompressed
 from srft_prep.errors import ConfigError
 from srft_prep.manifest import MANIFEST, PROGRESS
+from srft_prep.object_inputs import bring_raw
+from srft_prep.object_storage import is_url
 from srft_prep.readers import Origin, describe, recognised
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-MAX_RECORD_BYTES: Final = 512 << 20
+MAX_RECORD_BYTES: Final = 256 << 20
 """Largest record that is read, decompressed; a larger one is rejected (a bomb, or no record)."""
+MAX_RECORD_VALUES: Final = 1 << 24
+"""Most JSON values in a record: `[[],[],...` is 24 times as large in memory as in the file."""
 
 SUFFIXES: Final = (".json", ".jsonl", ".ndjson", ".traj", ".parquet")
 """Endings of the files that are taken from a folder, also with `.gz` or `.zst` behind them."""
 
-PARQUET_BATCH_ROWS: Final = 32
 _STAGES: Final = ("ingest", "label", "tokenize", "pack")
 _PIECE_KEYS: Final = frozenset({"role", "from", "action", "observation"})
 """Keys of messages and events, which no run has at its top."""
 
-ZSTD_CHUNK_BYTES: Final = 4096
-"""Compressed bytes that are decompressed at a time: never to more than 128 MiB."""
+_SKIPPED_BYTES: Final = 1 << 20
+"""Bytes of an over-long line that are passed over at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,8 @@ class Record:
 def discover(sources: Sequence[str]) -> list[Path]:
     """Return the files named by paths, folders and globs, each once, in a stable order.
 
+    Those of a store (s3://, gs://, hf://) are fetched; the files are then their places here.
+
     A folder without any file of a known ending stays in the list as itself, and so does what looks
     like a file and cannot be read (a broken link, a pipe): `records` rejects it. What srft-prep
     itself wrote, finished or not, is left out: it would be taken for runs of another format.
@@ -65,7 +67,9 @@ def discover(sources: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for source in sources:
         path = Path(source)
-        if _is_there(path):
+        if is_url(source):
+            matches = bring_raw(source, SUFFIXES, stage_of)
+        elif _is_there(path):
             matches = [path]
         elif has_magic(source):
             matches = [Path(match) for match in sorted(glob(source, recursive=True))]
@@ -74,7 +78,7 @@ def discover(sources: Sequence[str]) -> list[Path]:
         if not matches:
             raise ConfigError(f"{source}: no such file or folder")
         folders = {match: match if _is_folder(match) else match.parent for match in matches}
-        stages = {folder: _stage_of(folder) for folder in set(folders.values())}
+        stages = {folder: stage_of(folder) for folder in set(folders.values())}
         raw = [match for match in matches if stages[folders[match]] is None]
         if not raw:
             stage = stages[folders[matches[0]]]
@@ -106,7 +110,7 @@ def _files_in(folder: Path) -> list[Path]:
 
     for place, folders, names in os.walk(folder, onerror=keep):
         here = Path(place)
-        folders[:] = [name for name in folders if name[0] != "." and _stage_of(here / name) is None]
+        folders[:] = [name for name in folders if name[0] != "." and stage_of(here / name) is None]
         files += [
             here / name
             for name in names
@@ -115,7 +119,7 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(files) or [folder]
 
 
-def _stage_of(folder: Path) -> str | None:
+def stage_of(folder: Path) -> str | None:
     """Return the stage that wrote a folder, or is writing it; None for any other folder."""
     for name in (MANIFEST, f"{PROGRESS}/plan.json"):
         try:
@@ -159,55 +163,9 @@ def _records(path: Path, origin: Origin, start: int) -> Iterator[Record]:
             elif magic == b"PAR1":
                 yield from _parquet_rows(path, origin, start)
             else:
-                yield from _json_records(_decompressed(raw, magic), origin, start)
+                yield from _json_records(decompressed(raw, magic), origin, start)
     except OSError as error:
         yield Record(origin=origin, error=f"cannot be read: {error.strerror or error}")
-
-
-def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
-    if magic[:2] == b"\x1f\x8b":
-        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if magic == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(_ZstdStream(raw), buffer_size=1 << 17)
-    return raw
-
-
-class _ZstdStream(io.RawIOBase):
-    """Frames of zstd, decompressed; unlike zstandard's own reader it raises where one is cut."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        while not self._output:
-            chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
-            chunk = chunk or self._raw.read(ZSTD_CHUNK_BYTES)
-            if not chunk:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the last zstd frame is cut short")
-                return 0
-            self._output = memoryview(self._decompress(chunk))
-        view = memoryview(buffer)
-        size = min(len(view), len(self._output))
-        view[:size] = self._output[:size]
-        self._output = self._output[size:]
-        return size
-
-    def _decompress(self, chunk: bytes) -> bytes:
-        from zstandard import ZstdDecompressor, ZstdError
-
-        if self._frame is None or self._frame.eof:
-            self._frame = ZstdDecompressor().decompressobj()
-        try:
-            output: bytes = self._frame.decompress(chunk)
-        except ZstdError as error:
-            raise EOFError(str(error)) from None
-        return output
 
 
 def _json_records(stream: BinaryIO, origin: Origin, start: int) -> Iterator[Record]:
@@ -231,14 +189,13 @@ def _json_records(stream: BinaryIO, origin: Origin, start: int) -> Iterator[Reco
         else:
             text = first + stream.read(MAX_RECORD_BYTES + 1 - len(first))
             yield from _document(text, origin, start)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DamageError as error:
         place = Origin(path=origin.path, line=number + 1 if number else None)
-        reason = f"compressed data is cut short or damaged from here on: {error}"
-        yield Record(origin=place, position=number, error=reason)
+        yield Record(origin=place, position=number, error=str(error))
 
 
 def _is_object(line: bytes) -> bool:
-    if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+    if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") or _is_too_full(line):
         return False
     try:
         value = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))
@@ -250,7 +207,7 @@ def _is_object(line: bytes) -> bool:
 def _at_end(stream: BinaryIO) -> bool:
     try:
         return not cast(io.BufferedReader, stream).peek(64).strip()
-    except (EOFError, zlib.error, gzip.BadGzipFile):
+    except DamageError:
         return False  # reading on meets the damage again
 
 
@@ -258,8 +215,9 @@ def _lines(first: bytes, stream: BinaryIO) -> Iterator[bytes]:
     line = first.removeprefix(b"\xef\xbb\xbf")
     while line:
         yield line
-        while len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
-            line = stream.readline(MAX_RECORD_BYTES + 1)
+        if len(line) > MAX_RECORD_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_SKIPPED_BYTES)
         line = stream.readline(MAX_RECORD_BYTES + 1)
 
 
@@ -268,11 +226,23 @@ def _line_record(path: Path, number: int, line: bytes) -> Record:
     if len(line) > MAX_RECORD_BYTES:
         reason = f"line longer than {MAX_RECORD_BYTES >> 20} MiB"
         return Record(origin=origin, position=number - 1, error=reason)
+    if _is_too_full(line):
+        return Record(origin=origin, position=number - 1, error=_TOO_FULL)
     try:
         return Record(origin=origin, position=number - 1, value=orjson.loads(line))
     except orjson.JSONDecodeError as error:
         reason = f"not JSON: {_syntax(error)} at column {error.colno}"
         return Record(origin=origin, position=number - 1, error=reason)
+
+
+_TOO_FULL: Final = f"a record of more than {MAX_RECORD_VALUES:,} JSON values"
+
+
+def _is_too_full(text: bytes) -> bool:
+    """Return whether a JSON text may hold more values than a record can."""
+    if len(text) <= MAX_RECORD_VALUES:
+        return False
+    return sum(text.count(mark) for mark in (b",", b"[", b"{")) > MAX_RECORD_VALUES
 
 
 def _syntax(error: orjson.JSONDecodeError) -> str:
@@ -290,13 +260,17 @@ def _document(text: bytes, origin: Origin, start: int) -> Iterator[Record]:
         reason = f"document larger than {MAX_RECORD_BYTES >> 20} MiB"
         yield Record(origin=origin, error=reason)
         return
+    if _is_too_full(text):
+        yield Record(origin=origin, error=_TOO_FULL)
+        return
     try:
         value = orjson.loads(text.removeprefix(b"\xef\xbb\xbf"))
     except orjson.JSONDecodeError as error:
-        lines = text.removesuffix(b"\n").split(b"\n")
-        if any(map(_is_object, lines[1:])):  # JSONL under another name, its first line broken
-            for number, line in enumerate(lines[start:], start=start + 1):
-                if line and not line.isspace():
+        lines = enumerate(io.BytesIO(text), start=1)
+        if any(number > 1 and _is_object(line) for number, line in lines):
+            # JSONL under another name, its first line broken
+            for number, line in enumerate(io.BytesIO(text), start=1):
+                if number > start and not line.isspace():
                     yield _line_record(origin.path, number, line)
         else:
             kind = "neither Parquet nor JSON" if origin.path.suffix == ".parquet" else "not JSON"
@@ -320,58 +294,9 @@ def _is_one_run(elements: list[Any]) -> bool:
 
 
 def _parquet_rows(path: Path, origin: Origin, start: int) -> Iterator[Record]:
-    """Yield the rows of a Parquet file; a damaged row group is one record with an error."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from srft_prep.parquet_rows import parquet_rows
 
-    first = row = 0
-    broken = (pa.ArrowException, OSError, ValueError, OverflowError)
-    try:
-        file = pq.ParquetFile(
-            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
-        )
-    except broken as error:
-        yield Record(origin=origin, error=_damaged(error))
-        return
-    with file:
-        for group in range(file.num_row_groups):
-            end = first + file.metadata.row_group(group).num_rows
-            row = first
-            try:
-                batches = file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group])
-                for batch in batches if end > start else ():
-                    for index in range(batch.num_rows):
-                        yield _row_record(origin.path, row, batch, index)
-                        row += 1
-            except broken as error:
-                place = Origin(path=origin.path, line=row + 1)
-                lost = f"; rows {row + 1} to {end} are lost"
-                yield Record(origin=place, position=row, error=_damaged(error) + lost)
-            first = end
-
-
-def _row_record(path: Path, row: int, batch: Any, index: int) -> Record:
-    origin = Origin(path=path, line=row + 1)
-    try:
-        row_value = batch.slice(index, 1).to_pylist()[0]
-        value = {key: _without_nulls(item) for key, item in row_value.items()}
-    except (ValueError, OverflowError) as error:
-        return Record(origin=origin, position=row, error=f"row cannot be read: {error}")
-    return Record(origin=origin, position=row, value=value)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a Parquet value without the null fields of its structs.
-
-    All structs of a column have the same fields, so a null says that a row has no such field:
-    arguments of a call that were a dict come with those of all other calls, null.
-    """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _damaged(error: Exception) -> str:
-    return f"damaged Parquet file: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    limits = {"max_bytes": MAX_RECORD_BYTES, "max_values": MAX_RECORD_VALUES}
+    for row in parquet_rows(path, start=start, **limits):
+        place = origin if row.is_whole_file else Origin(path=origin.path, line=row.number + 1)
+        yield Record(origin=place, position=row.number, value=row.value, error=row.error)

@@ -8,6 +8,8 @@ from typing import Final
 
 import pyarrow as pa
 
+from srft_prep.types import LABELS as LABEL_NAMES
+
 SCHEMA_VERSION: Final = 1
 """Version of all file contracts; a reader refuses a newer one."""
 
@@ -15,6 +17,9 @@ LABELS_FILE: Final = "labels.parquet"
 REQUESTS_FILE: Final = "requests.parquet"
 REJECTED_FILE: Final = "rejected.jsonl"
 HELD_OUT_FILE: Final = "held_out.jsonl"
+
+PROBABILITIES: Final = tuple(f"p_{label}" for label in LABEL_NAMES)
+"""Columns of a step's label probabilities, in the order of the labels."""
 
 MESSAGE: Final = pa.struct(
     [
@@ -70,6 +75,8 @@ REQUESTS: Final = pa.schema(
         pa.field("usd", pa.float64(), nullable=False),
         pa.field("clipped_tokens", pa.int64(), nullable=False),
         pa.field("failure", pa.string()),
+        pa.field("critic_id", pa.string(), nullable=False),
+        pa.field("prompt_hash", pa.string(), nullable=False),
     ]
 )
 

@@ -8,12 +8,12 @@ give the same bytes, with any number of threads. Measured: see benchmarks/RESULT
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from srft_prep.calibrated_columns import calibration_for
 from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError
 from srft_prep.factors import read_factors
@@ -39,6 +39,8 @@ def pack(
     config: PackConfig,
     *,
     labels: Path | None = None,
+    annotator: str | None = None,
+    calibration: Path | None = None,
     weight_files: Sequence[Path] = (),
     workers: int = 1,
     overwrite: bool = False,
@@ -52,6 +54,8 @@ def pack(
         output: directory to write.
         config: the settings.
         labels: output of `label`, or a labels file (see `weight_files`).
+        annotator: whose labels count, where `labels` is a gold file by several.
+        calibration: file of what the labels go through, whose hash the settings name.
         weight_files: files of weights of steps, parts and characters.
         workers: threads; they change no byte.
         overwrite: whether what other settings left in `output` may go.
@@ -65,13 +69,16 @@ def pack(
             `soft` needs are missing, or the recipe leaves nothing to train on.
         LabelError: labels or weights do not fit the tokens.
     """
-    source = read_manifest(tokens, stage="tokenize").checked()
+    source = read_manifest(tokens, stage="tokenize")
     labels = _needed_labels(config, labels)
-    inputs = [source.as_input(), *([] if labels is None else [labels_input(labels)])]
+    source.checked()
+    inputs = [source.as_input(), *([] if labels is None else [labels_input(labels, annotator)])]
     inputs += [file_input(path, "weights") for path in weight_files]
-    plan = _read_plan(source, config, labels, weight_files)
+    plan = _read_plan(
+        source, config, labels, weight_files, calibration=calibration, annotator=annotator
+    )
     with StageWriter.open(
-        output, stage="pack", config=asdict(config), inputs=inputs, overwrite=overwrite
+        output, stage="pack", config=config.describe(), inputs=inputs, overwrite=overwrite
     ) as writer:
         if writer.finished:
             return writer.finished
@@ -85,6 +92,7 @@ def pack(
         files = ShardWriter(plan=plan, layout=layout, scratch=scratch, seq_len=config.seq_len)
         todo = [(output / name, packs) for name, packs in zip(names, shards, strict=True)]
         for first, last in files.write(todo, workers=workers):
+            writer.assure()
             (progress or Silent()).advance(last - first)
         totals = _totals(layout, config)
         described = [{"name": path.name, **layout.totals(*packs)} for path, packs in todo]
@@ -104,23 +112,38 @@ def _needed_labels(config: PackConfig, labels: Path | None) -> Path | None:
                 f"--recipe {config.recipe} weights steps by labels: give --labels DIR"
             )
         return labels
-    if config.soft or config.weights != DEFAULT_WEIGHTS:
+    if config.soft or config.calibration or config.weights != DEFAULT_WEIGHTS:
         raise ConfigError(
             f"--recipe {config.recipe} gives every step weight 1 and reads no labels: leave out "
-            "--weights of labels and --soft, or choose unresolved-masked, srft or srft-all"
+            "--weights of labels, --soft and --calibration, or choose unresolved-masked, srft or "
+            "srft-all"
         )
     return None
 
 
 def _read_plan(
-    source: Manifest, config: PackConfig, labels: Path | None, weight_files: Sequence[Path]
+    source: Manifest,
+    config: PackConfig,
+    labels: Path | None,
+    weight_files: Sequence[Path],
+    *,
+    calibration: Path | None,
+    annotator: str | None,
 ) -> Plan:
     columns = read_columns(source.parts)
     index = StepIndex(columns)
     rejected = rejected_trajectories(source)
     judgements = None
     if labels is not None:
-        judgements = read_judgements(labels, columns, index, soft=config.soft, rejected=rejected)
+        judgements = read_judgements(
+            labels,
+            columns,
+            index,
+            soft=config.soft,
+            rejected=rejected,
+            calibration=calibration_for(calibration, labels) if calibration else None,
+            annotator=annotator,
+        )
     factors = [read_factors(path, columns, index, rejected=rejected) for path in weight_files]
     return make_plan(columns, config, judgements=judgements, factors=factors)
 

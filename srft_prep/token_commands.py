@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from srft_prep.cluster_options import array_job, array_options, cluster_of, engine_options
 from srft_prep.options import (
     FILE,
     FOLDER,
@@ -56,10 +57,11 @@ from srft_prep.options import (
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=lambda: len(os.sched_getaffinity(0)),
     show_default="all cores",
-    help="Processes.",
+    help="Processes, here or in the Ray cluster.",
 )
+@engine_options
+@array_options
 @overwrite_option
 @json_option
 def tokenize(
@@ -70,7 +72,11 @@ def tokenize(
     history: Any,
     engine: Any,
     axolotl: bool,
-    workers: int,
+    workers: int | None,
+    placed_by: str,
+    ray_address: str,
+    shard_index: int | None,
+    num_shards: int | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -78,10 +84,18 @@ def tokenize(
     from srft_prep.findings import describe_findings
     from srft_prep.manifest import read_manifest
     from srft_prep.progress import shown
+    from srft_prep.token_parts import count_share
     from srft_prep.tokens import tokenize as run
 
-    total = read_manifest(trajectories, stage="ingest").counts["trajectories"]
-    with shown("tokenize", total=total, unit="trajectories") as progress:
+    array = array_job(shard_index, num_shards)
+    source = read_manifest(trajectories, stage="ingest")
+    total = count_share(source, array) if array else source.counts["trajectories"]
+    if placed_by == "local":
+        workers = workers or len(os.sched_getaffinity(0))
+    with (
+        cluster_of(placed_by, ray_address, workers=workers) as cluster,
+        shown("tokenize", total=total, unit="trajectories") as progress,
+    ):
         manifest = run(
             trajectories,
             output,
@@ -90,7 +104,9 @@ def tokenize(
             history=history,
             engine=engine,
             axolotl=axolotl,
+            array=array,
             workers=workers,
+            cluster=cluster,
             overwrite=overwrite,
             command=command_line(),
             progress=progress,

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import polars as pl
 import pyarrow.parquet as pq
 
+from srft_prep.array_jobs import ArrayJob
 from srft_prep.chat import LoadedTokenizer
 from srft_prep.config import History
 from srft_prep.conversations import Conversation
 from srft_prep.engines import FAST, REFERENCE
 from srft_prep.errors import FormatError
+from srft_prep.manifest import Manifest
 from srft_prep.schemas import TOKENS
 from srft_prep.storage import PARQUET_OPTIONS, atomic_path
 from srft_prep.token_rows import TokenRow, row_groups, token_table
@@ -27,7 +30,7 @@ BATCH_ROWS: Final = 16
 """Conversations encoded together, at most."""
 BATCH_CHARACTERS: Final = 1 << 23
 """Text encoded together, about."""
-_OPTIONS: Final = {
+TOKEN_OPTIONS: Final[dict[str, Any]] = {
     **PARQUET_OPTIONS,
     "compression_level": 1,
     "write_statistics": False,
@@ -55,9 +58,14 @@ class _Tally:
 
 
 def tokenize_part(
-    part: Path, output: Path, tokenizer: LoadedTokenizer, history: History
+    part: Path,
+    output: Path,
+    tokenizer: LoadedTokenizer,
+    history: History,
+    *,
+    array: ArrayJob | None = None,
 ) -> MadePart:
-    """Write the token part of one trajectory part.
+    """Write the token part of one trajectory part, or of an array job's trajectories in it.
 
     Raises:
         MismatchError: the fast engine is found to differ from the reference; nothing is written.
@@ -67,9 +75,9 @@ def tokenize_part(
     tokenizer.encoder.counts.clear()
     with (
         atomic_path(output) as temporary,
-        pq.ParquetWriter(temporary, TOKENS, **_OPTIONS) as writer,
+        pq.ParquetWriter(temporary, TOKENS, **TOKEN_OPTIONS) as writer,
     ):
-        for group in row_groups(_token_rows(part, tally, tokenizer, history)):
+        for group in row_groups(_token_rows(part, tally, tokenizer, history, array)):
             writer.write_table(token_table(group))
     tally.counts["rejected"] = len(tally.rejected)
     entry = {
@@ -81,13 +89,40 @@ def tokenize_part(
     return MadePart(entry=entry, started=started, ended=time.monotonic())
 
 
+def count_share(source: Manifest, array: ArrayJob) -> int:
+    """Return how many trajectories are an array job's, for a progress bar's total.
+
+    Raises:
+        ShardError: a part cannot be read.
+    """
+    try:
+        return sum(
+            array.has(content_hash)
+            for part in source.parts
+            for content_hash in pl.read_parquet(part, columns=["content_hash"])["content_hash"]
+        )
+    except (OSError, pl.exceptions.PolarsError):
+        source.checked()
+        raise
+
+
+def _share_of(part: Path, array: ArrayJob) -> pl.Expr:
+    """Return the condition for a part's trajectories to be an array job's."""
+    hashes = pl.read_parquet(part, columns=["content_hash"])["content_hash"]
+    return pl.col("content_hash").is_in([each for each in hashes if array.has(each)])
+
+
 def _token_rows(
-    part: Path, tally: _Tally, tokenizer: LoadedTokenizer, history: History
+    part: Path,
+    tally: _Tally,
+    tokenizer: LoadedTokenizer,
+    history: History,
+    array: ArrayJob | None,
 ) -> Iterator[TokenRow]:
     """Yield the rows of a part in order; what is refused goes into the tally."""
     batch: list[tuple[Trajectory, Conversation]] = []
     characters = 0
-    for trajectory in read_trajectories([part]):
+    for trajectory in read_trajectories([part], where=_share_of(part, array) if array else None):
         tally.counts["trajectories"] += 1
         try:
             conversations = tokenizer.conversations(trajectory, history=history)

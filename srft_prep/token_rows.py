@@ -50,11 +50,16 @@ def row_groups(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
     for row in rows:
         group.append(row)
         num_tokens += len(row.input_ids)
-        if len(group) == ROW_GROUP_ROWS or num_tokens >= ROW_GROUP_TOKENS:
+        if is_full(len(group), num_tokens):
             yield group
             group, num_tokens = [], 0
     if group:
         yield group
+
+
+def is_full(num_rows: int, num_tokens: int) -> bool:
+    """Return whether a row group of so much takes no more."""
+    return num_rows >= ROW_GROUP_ROWS or num_tokens >= ROW_GROUP_TOKENS
 
 
 def token_table(rows: Sequence[TokenRow]) -> pa.Table:

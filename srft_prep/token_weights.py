@@ -38,8 +38,8 @@ class Segments:
     weights: "NDArray[np.float64]"
     """[G]"""
 
-    def select(self, chosen: "NDArray[np.bool_]") -> "Segments":
-        """Return some of the segments."""
+    def select(self, chosen: "NDArray[np.bool_] | slice") -> "Segments":
+        """Return some of the segments; of a slice, views."""
         return Segments(
             rows=self.rows[chosen],
             spans=self.spans[chosen],

@@ -9,36 +9,48 @@ Each trajectory part becomes the token part of the same name. Parts are independ
 can be made by several processes in any order, and a rerun makes only the missing ones. Where the
 fast engine is found to differ from the reference in the midst of a run, all parts that it made are
 made again by the reference, which the journal remembers.
+
+An array job makes the parts of its own trajectories alone; what is tried before is the same first
+trajectories for all jobs, so that they find the same (`merging` makes one directory of theirs).
 """
 
 import os
+import socket
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from srft_prep.array_jobs import ArrayJob
 from srft_prep.certificate import Certificate, Engine, MismatchError, prove
 from srft_prep.chat import LoadedTokenizer, TokenizerSpec, load_spec
 from srft_prep.config import History, TokenizeConfig
 from srft_prep.engines import FAST, REFERENCE, load_fast
 from srft_prep.errors import ConfigError, FormatError
-from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.manifest import PROGRESS, Manifest, read_manifest
 from srft_prep.part_pool import run_jobs
 from srft_prep.progress import Progress, Silent
 from srft_prep.schemas import REJECTED_FILE
-from srft_prep.storage import StageWriter, write_rejected
+from srft_prep.storage import StageWriter, flush, write_rejected
 from srft_prep.token_parts import MadePart, tokenize_part
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
+
+if TYPE_CHECKING:
+    from srft_prep.ray_cluster import RayCluster
 
 CHECKED_TRAJECTORIES: Final = 64
 """Trajectories on which template and engine are tried before anything is written."""
 
 CUTS: Final = 4
 """Steps of each at which the history is looked at."""
+
+_Job = tuple[Path, Path, TokenizeConfig]
+"""A trajectory part, the token part to write, and the settings."""
 
 _ENGINE: Final = "engine"
 """Key of the journal's note that the fast engine was found to differ."""
@@ -71,7 +83,8 @@ class _Run:
     writer: StageWriter
     tokenizer: LoadedTokenizer
     config: TokenizeConfig
-    workers: int
+    workers: int | None
+    cluster: "RayCluster | None"
     progress: Progress
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Journal entries by the names of the parts."""
@@ -88,12 +101,17 @@ def tokenize(
     history: History = "auto",
     engine: Engine = "auto",
     axolotl: bool = False,
-    workers: int = 1,
+    array: ArrayJob | None = None,
+    workers: int | None = 1,
+    cluster: "RayCluster | None" = None,
     overwrite: bool = False,
     command: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the tokens of a trajectory directory to a stage directory and return its manifest.
+
+    With `array`, those of that job's share of the trajectories. With `cluster`, parts are made by
+    as many processes there; None of `workers` then means one for each of its cores.
 
     `run` of the manifest holds `startup_seconds`, and `seconds` from the start of the first part
     to the end of the last one.
@@ -105,14 +123,15 @@ def tokenize(
         MismatchError: `engine` is `fastokens`, and it was found to differ from the reference.
     """
     began = time.monotonic()
-    source = read_manifest(trajectories, stage="ingest").checked()
-    loaded, config = _load(tokenizer, chat_template, history, engine, axolotl=axolotl)
+    source = read_manifest(trajectories, stage="ingest")
+    loaded, config = _load(tokenizer, chat_template, history, engine, axolotl=axolotl, array=array)
+    source.checked()
     first = list(islice(read_trajectories(source.parts), CHECKED_TRAJECTORIES))
     tried = _check_template(loaded, first, history)
     with StageWriter.open(
         output,
         stage="tokenize",
-        config=asdict(config),
+        config=config.describe(),
         inputs=[source.as_input()],
         overwrite=overwrite,
     ) as writer:
@@ -123,6 +142,7 @@ def tokenize(
             tokenizer=loaded,
             config=config,
             workers=workers,
+            cluster=cluster,
             progress=progress or Silent(),
         )
         certificate = _certify(run, tried.texts, engine)
@@ -157,6 +177,7 @@ def _load(
     engine: Engine,
     *,
     axolotl: bool,
+    array: ArrayJob | None,
 ) -> tuple[LoadedTokenizer, TokenizeConfig]:
     spec = load_spec(tokenizer, chat_template)
     try:
@@ -175,6 +196,7 @@ def _load(
         template_hash=spec.template_hash,
         history=history,
         axolotl=axolotl,
+        array=array,
     )
     return loaded, config
 
@@ -240,7 +262,7 @@ def _make_missing(run: _Run, parts: list[Path]) -> None:
             run.entries[part.name] = entry
             run.progress.advance(entry["counts"]["trajectories"])
     for part, made in _made(run, todo):
-        run.writer.record(part.stem, made.entry)
+        run.writer.record(part.stem, made.entry, files=[run.writer.path / part.name])
         run.entries[part.name] = made.entry
         run.times.append((made.started, made.ended))
         run.progress.advance(made.entry["counts"]["trajectories"])
@@ -248,17 +270,44 @@ def _make_missing(run: _Run, parts: list[Path]) -> None:
 
 def _made(run: _Run, todo: list[Path]) -> Iterator[tuple[Path, MadePart]]:
     """Make parts, here or in processes, and yield them as they are done."""
-    if run.workers <= 1 or len(todo) <= 1:
-        for part in todo:
-            target = run.writer.path / part.name
-            yield part, tokenize_part(part, target, run.tokenizer, run.config.history)
-        return
-    jobs = [(part, run.writer.path / part.name, run.config.history) for part in todo]
+    jobs = [(part, run.writer.path / part.name, run.config) for part in todo]
     arguments = (run.tokenizer.spec, run.tokenizer.encoder.is_fast, run.config.axolotl)
-    for (part, _, _), made in run_jobs(
-        jobs, _work, workers=run.workers, start=_start_worker, start_arguments=arguments
+    if run.cluster is not None:
+        yield from _made_on(run.cluster, run, jobs, arguments)
+    elif (run.workers or 1) <= 1 or len(todo) <= 1:
+        for job in jobs:
+            yield job[0], _make(job, run.tokenizer)
+    else:
+        for (part, _, _), made in run_jobs(
+            jobs, _work, workers=run.workers or 1, start=_start_worker, start_arguments=arguments
+        ):
+            yield part, made
+
+
+def _made_on(
+    cluster: "RayCluster", run: _Run, jobs: list[_Job], arguments: tuple[Any, ...]
+) -> Iterator[tuple[Path, MadePart]]:
+    """Make parts in a cluster, and yield them as they are done.
+
+    A part gets its name here: a process that nobody can reach any more may still write one.
+    """
+    from srft_prep.ray_jobs import run_jobs as run_jobs_on_ray
+
+    here = [(part.resolve(), output.resolve(), config) for part, output, config in jobs]
+    parts = {job: part for job, (part, _, _) in zip(here, jobs, strict=True)}
+    began = time.monotonic()
+    for job, (apart, made) in run_jobs_on_ray(
+        here,
+        _work_apart,
+        cluster=cluster,
+        workers=run.workers,
+        start=_start_worker,
+        start_arguments=arguments,
     ):
-        yield part, made
+        output = job[1]
+        apart.replace(output)
+        flush(output.parent)
+        yield parts[job], replace(made, started=began, ended=time.monotonic())
 
 
 _worker_tokenizer: LoadedTokenizer | None = None
@@ -272,10 +321,27 @@ def _start_worker(spec: TokenizerSpec, fast: bool, axolotl: bool) -> None:
     _worker_tokenizer = spec.load(fast=fast, axolotl=axolotl)
 
 
-def _work(job: tuple[Path, Path, History]) -> MadePart:
+def _work(job: _Job) -> MadePart:
     assert _worker_tokenizer is not None
-    part, output, history = job
-    return tokenize_part(part, output, _worker_tokenizer, history)
+    return _make(job, _worker_tokenizer)
+
+
+def _work_apart(job: _Job) -> tuple[Path, MadePart]:
+    """Make a part under a name of its own, in the folder of the journal; return the name, too."""
+    part, output, config = job
+    if not (part.exists() and output.parent.exists()):
+        missing = part if not part.exists() else output.parent
+        raise ConfigError(
+            f"{missing}: is not to be seen on {socket.gethostname()}: with --engine ray all "
+            "machines need the directories under one path (of addresses in a store: SRFT_CACHE)"
+        )
+    apart = output.parent / PROGRESS / f"{output.stem}.{uuid.uuid4().hex}.parquet"
+    return apart, _work((part, apart, config))
+
+
+def _make(job: _Job, tokenizer: LoadedTokenizer) -> MadePart:
+    part, output, config = job
+    return tokenize_part(part, output, tokenizer, config.history, array=config.array)
 
 
 def _timing(run: _Run, began: float) -> dict[str, float]:

@@ -14,10 +14,11 @@ from srft_prep.config import MAX_INTEGER
 from srft_prep.errors import ConfigError, SrftError
 from srft_prep.options import (
     FOLDER,
+    FOLDER_OR_FILE,
+    OUTPUT,
     command_line,
     finish,
     json_option,
-    output_option,
     overwrite_option,
 )
 
@@ -45,7 +46,13 @@ def _steps(
 
 @click.command()
 @click.argument("shards", type=FOLDER)
-@output_option
+@click.option(
+    "-o",
+    "--output",
+    type=OUTPUT,
+    required=True,
+    help="Directory to write: one that all machines share, or s3:// or gs://; made if need be.",
+)
 @click.option("--model", metavar="PATH_OR_ID", help="The model to train: a folder, or a hub id.")
 @click.option("--tiny", is_flag=True, help="Train a small random Qwen2 instead: see it work.")
 @click.option(
@@ -125,6 +132,11 @@ def _steps(
 )
 @click.option("--compile", is_flag=True, help="Compile the layers.")
 @click.option(
+    "--deterministic",
+    is_flag=True,
+    help="Add in a fixed order on a GPU, too: a killed run goes on to the same bits.",
+)
+@click.option(
     "--sequence-parallel",
     type=click.IntRange(1, 64),
     default=1,
@@ -145,7 +157,7 @@ def _steps(
 )
 @click.option(
     "--labels",
-    type=click.Path(exists=True, path_type=Path),
+    type=FOLDER_OR_FILE,
     metavar="DIR|FILE",
     help="Output of label: the held-out NLL by label.",
 )
@@ -254,6 +266,7 @@ _OPTIONS: Final = (
     "micro_batch_sequences",
     "activation_checkpointing",
     "compile",
+    "deterministic",
     "sequence_parallel",
     "loss_chunk",
     "checkpoint_every",

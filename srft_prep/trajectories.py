@@ -36,11 +36,18 @@ def trajectories_table(trajectories: Iterable[Trajectory]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
 
 
-def read_trajectories(parts: Sequence[Path]) -> Iterator[Trajectory]:
-    """Yield the trajectories of parts in order, streamed in batches."""
+def read_trajectories(
+    parts: Sequence[Path], *, where: pl.Expr | None = None
+) -> Iterator[Trajectory]:
+    """Yield the trajectories of parts in order, streamed in batches.
+
+    Those that `where` does not hold for are never made objects, which takes most of the time.
+    """
     for part in parts:
-        frames = pl.scan_parquet(part).collect_batches(chunk_size=BATCH_ROWS, maintain_order=True)
-        for frame in frames:
+        rows_of_part = pl.scan_parquet(part)
+        if where is not None:
+            rows_of_part = rows_of_part.filter(where)
+        for frame in rows_of_part.collect_batches(chunk_size=BATCH_ROWS, maintain_order=True):
             messages = _messages(frame)
             ends = accumulate(frame["messages"].list.len(), initial=0)
             rows = frame.drop("messages").iter_rows(named=True)
@@ -49,6 +56,11 @@ def read_trajectories(parts: Sequence[Path]) -> Iterator[Trajectory]:
                 # known, and a tenth of the time of tokenize to find again; verify does
                 trajectory.__dict__["content_hash"] = row["content_hash"]
                 yield trajectory
+
+
+def named(ids: Iterable[str]) -> pl.Expr:
+    """Return the condition of `read_trajectories` that holds for the trajectories of these ids."""
+    return pl.col("trajectory_id").is_in(list(ids))
 
 
 def trajectory_of(row: dict[str, Any]) -> Trajectory:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srft_prep.config import OUTCOMES
+from srft_prep.errors import in_one_line
+from srft_prep.hashes import sha256_of
 from srft_prep.judgements import are_distributions
-from srft_prep.manifest import Manifest, read_manifest, sha256_of
+from srft_prep.manifest import Manifest, names_in, read_manifest
+from srft_prep.object_mirror import is_mirrored
 from srft_prep.schemas import (
     HELD_OUT_FILE,
     LABELS_FILE,
+    PROBABILITIES,
     REQUESTS,
     REQUESTS_FILE,
     SHARDS,
@@ -39,6 +44,8 @@ from srft_prep.types import KINDS, LABELS
 
 MAX_PROBLEMS: Final = 100
 """After this many problems of one file its remaining rows are not reported."""
+
+_CRITIC: Final = ("critic_id", "prompt_hash")
 
 _SCHEMAS: Final = {"ingest": TRAJECTORIES, "tokenize": TOKENS, "pack": SHARDS}
 
@@ -105,10 +112,11 @@ def verify(directory: Path) -> Report:
     manifest = read_manifest(directory)
     seen = _Seen()
     problems: list[str] = []
+    in_store = manifest.problems(ledgers=True, anew=True) if is_mirrored(directory) else {}
     for file in manifest.files:
         path = directory / file["name"]
-        if not path.is_file():
-            problems.append(f"{path}: missing")
+        if lost := in_store.get(file["name"], "" if path.is_file() else "missing"):
+            problems.append(f"{path}: {lost}")
             continue
         problems += [f"{path}: {problem}" for problem in _check_bytes(path, file)]
         found = _check_lines(path, manifest) if path.suffix == ".jsonl" else iter(())
@@ -121,8 +129,10 @@ def verify(directory: Path) -> Report:
             problems.append(f"{path}: {problem}")
     named = {file["name"] for file in manifest.files}
     for pattern in ("part-*.parquet", "shard-*.parquet"):
-        strangers = sorted(path for path in directory.glob(pattern) if path.name not in named)
-        problems += [f"{path}: the manifest does not name this file" for path in strangers]
+        strangers = sorted(each for each in names_in(directory) - named if fnmatch(each, pattern))
+        problems += [
+            f"{directory / each}: the manifest does not name this file" for each in strangers
+        ]
     problems += _check_steps(directory, seen)
     problems += [f"{directory}: {problem}" for problem in _check_totals(manifest, seen)]
     return Report(
@@ -178,7 +188,7 @@ def _check_parquet(
             if manifest.stage == "pack":
                 yield from seen.sums.check_file(path.name, file.metadata.metadata or {})
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield f"cannot be read: {str(error).splitlines()[0]}"
+        yield f"cannot be read: {in_one_line(error, limit=300)}"
 
 
 def _columns(schema: pa.Schema) -> str:
@@ -247,10 +257,16 @@ def _check_label(row: dict[str, Any], seen: _Seen, *, config: dict[str, Any]) ->
     seen.last_step = (trajectory_id, step)
     if row["label"] not in LABELS:
         yield f"{name}: expected a label of {', '.join(LABELS)}, got {row['label']!r}"
-    for key in ("critic_id", "prompt_hash"):
-        if row[key] != config.get(key):
-            yield f"{name}: expected {key} {config.get(key)}, got {row[key]}"
-    probabilities = [row[f"p_{label}"] for label in LABELS]
+    if config.get("together") == "cascade":  # a label is of the critic that settled the step
+        critics = [[member.get(key) for key in _CRITIC] for member in config.get("members", ())]
+        if [row[key] for key in _CRITIC] not in critics:
+            got = " with prompt ".join(row[key] for key in _CRITIC)
+            yield f"{name}: expected a critic of the cascade, got {got}"
+    else:
+        for key in _CRITIC:
+            if row[key] != config.get(key):
+                yield f"{name}: expected {key} {config.get(key)}, got {row[key]}"
+    probabilities = [row[name] for name in PROBABILITIES]
     given = [p for p in probabilities if p is not None]
     if given and (len(given) < len(LABELS) or not are_distributions(np.array([given])).all()):
         yield f"{name}: expected three probabilities that sum to 1, got {probabilities}"
@@ -266,7 +282,7 @@ def _check_request(row: dict[str, Any], seen: _Seen) -> Iterator[str]:
             seen.labelled.add(name)
     else:
         seen.failed.setdefault(name, failure)
-    if not seen.is_new((name, row["part"])):
+    if not seen.is_new((name, row["part"], *(row[key] for key in _CRITIC))):
         yield f"{name}: part {row['part']} occurs twice"
     costs = [value for value in row.values() if isinstance(value, int | float)]
     if not all(math.isfinite(cost) and cost >= 0 for cost in costs):
@@ -368,9 +384,12 @@ def _check_totals(manifest: Manifest, seen: _Seen) -> Iterator[str]:
         yield from seen.sums.check_manifest(manifest)
         yield from check_held_out(manifest, seen.ids)
     for name, found in totals.items():
-        for place in (manifest.counts, manifest.data):
-            if name in place and place[name] != found:
-                yield f"the manifest counts {place[name]} {name}, the files hold {found}"
+        lines = [
+            f"the manifest counts {place[name]} {name}, the files hold {found}"
+            for place in (manifest.counts, manifest.data)
+            if name in place and place[name] != found
+        ]
+        yield from dict.fromkeys(lines)  # a count and its copy are mostly wrong alike
 
 
 def _is_json_list(text: str) -> bool:

@@ -9,9 +9,13 @@ JSONL or Parquet, a row a step or a piece of one:
 `start` and `end` count characters of the message's field (as Python does), half-open. A schema is
 never inferred: every row is checked by itself, and a name that is unknown or comes late is an error
 and not a column of nulls. Cost: some microseconds a row.
+
+A gold file (`gold`) is a labels file, too: of an annotator's lines for a step the newest counts, or
+none where it takes the label back. Whose labels count is said by name where several labelled.
 """
 
 import math
+import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,18 +26,27 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from srft_prep.errors import ConfigError, LabelError
-from srft_prep.manifest import sha256_of
+from srft_prep.errors import ConfigError, LabelError, in_one_line
+from srft_prep.gold import GoldLabel, StepKey, gold_of, numbered_labels
+from srft_prep.hashes import sha256_of
+from srft_prep.object_mirror import address_of
+from srft_prep.schemas import PROBABILITIES
 from srft_prep.types import LABELS
 from srft_prep.weights import FIELDS, MAX_WEIGHT, PARTS
 
 MAX_NUMBER: Final = 2**31 - 1
-PROBABILITIES: Final = tuple(f"p_{label}" for label in LABELS)
 
 _LABEL_NAMES: Final = {
     *("trajectory_id", "step_index", "label", *PROBABILITIES, "weight", "parts", "spans"),
     *("content_hash", "rationale", "critic_id", "prompt_hash"),
 }
+_NOTES: Final = {"reason", "severity", "comment", "time"}
+"""What people's labels say beside them: read past."""
+_GOLD_NAMES: Final = {"annotator", "blind", "adjudicates", "undoes"}
+_IS_GOLD: Final = re.compile(rb'"(?:annotator|blind|adjudicates|undoes)"\s*:')
+"""In a line that only a gold file has; inside a text its quotes would be escaped."""
+AGREED: Final = "agreed"
+"""Named as annotator: what all say of a step, or who adjudicated it."""
 _WEIGHT_NAMES: Final = {"trajectory_id", "step_index", "weight", "part", "field", "start", "end"}
 _SPAN_NAMES: Final = {"field", "start", "end", "weight"}
 
@@ -80,7 +93,7 @@ def file_input(path: Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a {what} file that ends in .jsonl or .parquet")
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such {what} file")
-    return {"path": str(path), "file": what, "sha256": sha256_of(path)}
+    return {"path": address_of(path), "file": what, "sha256": sha256_of(path)}
 
 
 def where(path: Path, line: int) -> str:
@@ -88,13 +101,21 @@ def where(path: Path, line: int) -> str:
     return f"{path}: row {line}" if path.suffix == ".parquet" else f"{path}:{line}"
 
 
-def read_label_rows(path: Path) -> Iterator[FileRow]:
-    """Yield the rows of a labels file.
+def read_label_rows(path: Path, *, annotator: str | None = None) -> Iterator[FileRow]:
+    """Yield the rows of a labels file; of a gold file, the lines that count.
+
+    Args:
+        path: the file.
+        annotator: whose labels are meant; None where the file names at most one person. `AGREED`,
+            if nobody is called so: what annotators agree on; where they do not, who adjudicated.
 
     Raises:
+        ConfigError: several labelled and none is named, or nobody of that name labelled anything.
         LabelError: a row that is no label; it names file and line.
     """
-    for line, raw in _raw_rows(path, _LABEL_NAMES):
+    counted = _counted_lines(path, annotator)
+    names = _LABEL_NAMES | _NOTES | (set() if counted is None else _GOLD_NAMES)
+    for line, raw in _raw_rows(path, names, counted=counted):
         row = _Row(path=path, line=line, values=raw)
         factors = [Factor(target=STEP_TARGET, weight=row.weight())] if "weight" in raw else []
         parts = raw.get("parts", {})
@@ -116,6 +137,29 @@ def read_label_rows(path: Path) -> Iterator[FileRow]:
             content_hash=row.text("content_hash") if "content_hash" in raw else None,
             factors=tuple(factors),
         )
+
+
+def annotators_of(path: Path) -> list[str]:
+    """Return who labelled steps in a gold file, by name; nobody where the file is no gold file.
+
+    "" is among them where lines name none.
+
+    Raises:
+        LabelError: a line is no gold label.
+    """
+    return sorted({name for name, _ in _newest_lines(path) or ()})
+
+
+def names_nobody(path: Path, annotator: str) -> ConfigError:
+    """Return the error of an annotator who is named for labels that are not by people."""
+    return ConfigError(
+        f"{path}: names no annotator; leave out --annotator {annotator}, or give a gold file"
+    )
+
+
+def say_whose(names: Sequence[str]) -> str:
+    """Return how an error lists annotators."""
+    return f"labels by {', '.join(name or '(unnamed)' for name in names)}; say whose"
 
 
 def read_weight_rows(path: Path) -> Iterator[FileRow]:
@@ -212,9 +256,52 @@ class _Row:
         return chances
 
 
-def _raw_rows(path: Path, names: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, values that are not null) of every row."""
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+def _newest_lines(path: Path) -> dict[tuple[str, StepKey], tuple[int, GoldLabel]] | None:
+    """Return the newest line of every annotator for every step, if it is a label and no null.
+
+    None where the file is no gold file.
+    """
+    if path.suffix == ".parquet":
+        return None
+    with path.open("rb") as file:
+        if not any(map(_IS_GOLD.search, file)):
+            return None
+    newest = {
+        (row.annotator, row.key): (line, row)
+        for line, row in numbered_labels(path, path.read_bytes())
+    }
+    return {key: found for key, found in newest.items() if found[1].label is not None}
+
+
+def _counted_lines(path: Path, annotator: str | None) -> set[int] | None:
+    """Return the numbers of a gold file's lines that count; None of a file that is none."""
+    newest = _newest_lines(path)
+    if newest is None:
+        if annotator is not None:
+            raise names_nobody(path, annotator)
+        return None
+    names = sorted({name for name, _ in newest})
+    if annotator is None and len(names) > 1:
+        example = next(filter(None, names))
+        raise ConfigError(
+            f"{path}: {say_whose(names)}: --annotator {example}, or --annotator {AGREED}: what "
+            "they all say, or who adjudicated"
+        )
+    if annotator == AGREED and AGREED not in names:
+        agreed = gold_of(row for _, row in newest.values()).labels
+        said = {row.key: line for line, row in newest.values() if agreed.get(row.key) == row.label}
+        return set(said.values())
+    if annotator not in (None, *names):
+        there = ", ".join(name or "(unnamed)" for name in names)
+        raise ConfigError(f"{path}: expected labels by {annotator!r}, there are some by {there}")
+    return {line for (name, _), (line, _) in newest.items() if annotator in (None, name)}
+
+
+def _raw_rows(
+    path: Path, names: set[str], *, counted: set[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, values that are not null) of every row, or of those that are counted."""
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path, counted)
     for line, row in rows:
         if unknown := row.keys() - names:
             raise LabelError(
@@ -224,10 +311,10 @@ def _raw_rows(path: Path, names: set[str]) -> Iterator[tuple[int, dict[str, Any]
         yield line, {name: value for name, value in row.items() if value is not None}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, counted: set[int] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for line, text in enumerate(file, start=1):
-            if not text.strip():
+            if not text.strip() or (counted is not None and line not in counted):
                 continue
             try:
                 row = orjson.loads(text)
@@ -250,7 +337,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield line, row
     except (pa.ArrowException, OSError) as error:
         raise LabelError(
-            f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}"
+            f"{path}: cannot be read as Parquet: {in_one_line(error, limit=300)}"
         ) from None
 
 

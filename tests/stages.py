@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 
 from srft_prep.chat import load_spec
@@ -28,6 +29,25 @@ from srft_prep.tokens import tokenize
 from srft_prep.trajectories import trajectories_table
 from srft_prep.types import LABELS as NAMES
 from srft_prep.types import Label, Message, Trajectory
+
+
+def short_runs(number: int, *, messages: int) -> list[dict[str, Any]]:
+    """Return raw runs, no two the same: the first messages of the recorded ones, the task cut."""
+    examples = [orjson.loads(path.read_bytes()) for path in sorted(RUNS_DIR.rglob("*.traj.json"))]
+    rows = []
+    for place in range(number):
+        run = examples[place % len(examples)]
+        first, second, *rest = run["messages"][:messages]
+        second = {**second, "content": f"Ticket {place}\n{second['content'][-400:]}"}
+        rows.append(
+            {
+                "traj_id": f"run-{place:05d}",
+                "instance_id": run["instance_id"],
+                "resolved": place % 3 == 0,
+                "messages": [first, second, *rest],
+            }
+        )
+    return rows
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from srft_prep.manifest import read_manifest
 from srft_prep.readers import recognised
 from srft_prep.records import records
 from srft_prep.verification import verify
+from tests.stages import Run, srft_prep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUNS = REPOSITORY / "srft_prep" / "examples" / "runs"
@@ -35,12 +36,13 @@ Place = tuple[str, int | None]
 """(file below the folder, line or None)."""
 
 
-def srft_prep(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def process(*words: str | Path) -> Run:
+    """Run the program in a process of its own, which may hang or die."""
     command = [sys.executable, "-m", "srft_prep", *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in run.stderr, run.stderr
     assert "panicked" not in run.stderr, run.stderr
-    return run
+    return Run(run.returncode, run.stdout, run.stderr)
 
 
 @dataclass
@@ -99,6 +101,11 @@ def marked(value: Any, marker: str) -> Any:
 
 def real_records(folder: Path) -> list[Any]:
     """Return the two smallest real records with some text of every format."""
+    return [value for _, values in sorted(records_by_format(folder).items()) for value in values]
+
+
+def records_by_format(folder: Path) -> dict[str, list[Any]]:
+    """Return the two smallest real records with some text of every format, by name and shape."""
     by_format: dict[str, list[tuple[int, str, Any]]] = {}
     for path in sorted(folder.rglob("*.json*")) + sorted(folder.rglob("*.traj")):
         for record in records(path):
@@ -114,7 +121,7 @@ def real_records(folder: Path) -> list[Any]:
             found = by_format.setdefault(f"{name}, {kind}", [])
             found.append((size, str(record.origin), record.value))
     assert len(by_format) >= 8, sorted(by_format)
-    return [value for _, found in sorted(by_format.items()) for *_, value in sorted(found)[:2]]
+    return {name: [value for *_, value in sorted(found)[:2]] for name, found in by_format.items()}
 
 
 def broken_texts(corpus: Corpus, value: Any) -> Iterator[tuple[str, bytes]]:
@@ -355,8 +362,8 @@ def test_every_broken_record_gets_a_reason_and_every_good_one_is_taken(
     (empty / "notes.txt").write_text("no run")
 
     out = tmp_path / "out"
-    run = srft_prep("ingest", corpus.folder, empty, "-o", out, "--json")
-    assert run.returncode == 1, run.stderr
+    run = process("ingest", corpus.folder, empty, "-o", out, "--json")
+    assert run.status == 1, run.stderr
     counts = orjson.loads(run.stdout.splitlines()[-1])
 
     texts = texts_of(out)
@@ -385,6 +392,11 @@ def test_every_broken_record_gets_a_reason_and_every_good_one_is_taken(
         ("text.json", b"\xff{}", "not JSON: bytes that are no UTF-8 text at line 1, column 1"),
         ("deep.json", b"[" * 100_000, "not JSON: depth limit exceeded at line 1, column 1026"),
         ("list.json", b"[]", "no trajectory: an empty list"),
+        (
+            "key.json",
+            rb'{"a\u0000\t\u001b[31m": 1}',
+            r"no trajectory: an object with the keys a\x00 \x1b[31m; known formats are",
+        ),
         ("text.parquet", b"hello", "neither Parquet nor JSON"),
     ],
 )
@@ -394,7 +406,7 @@ def test_a_single_broken_file_is_rejected_in_words(
     path = tmp_path / name
     path.write_bytes(data)
     run = srft_prep("ingest", path, "-o", tmp_path / "out")
-    assert run.returncode == 1
+    assert run.status == 1
     assert "1 rejected, 0 trajectories, 0 steps" in run.stdout
     (line,) = (tmp_path / "out" / "rejected.jsonl").read_bytes().splitlines()
     rejected = orjson.loads(line)
@@ -405,8 +417,8 @@ def test_a_single_broken_file_is_rejected_in_words(
 
 def test_a_pipe_given_by_name_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
-    run = srft_prep("ingest", tmp_path / "pipe.json", "-o", tmp_path / "out")
-    assert run.returncode == 1
+    run = process("ingest", tmp_path / "pipe.json", "-o", tmp_path / "out")
+    assert run.status == 1
     assert "1 rejected" in run.stdout
 
 
@@ -440,7 +452,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tokenize", folder / "ingest", "-o", folder / "tokenize", "--tokenizer", "example"),
         ("pack", folder / "tokenize", "--labels", folder / "label", "-o", folder / "pack"),
     ):
-        assert srft_prep(*words).returncode == 0, words
+        assert srft_prep(*words).status == 0, words
     return folder
 
 
@@ -484,7 +496,7 @@ each_consumer = pytest.mark.parametrize(
 )
 
 
-def consume(folder: Path, stage: str, command: str) -> subprocess.CompletedProcess[str]:
+def consume(folder: Path, stage: str, command: str) -> Run:
     names = {*CONSUMERS, "new"}
     words = CONSUMERS[stage][command]
     return srft_prep(*(folder / w if w in names and i else w for i, w in enumerate(words)))
@@ -503,7 +515,7 @@ def test_a_manifest_cut_short_is_an_error_of_one_line(
     data = manifest.read_bytes()
     manifest.write_bytes(data[: len(data) // 2])
     run = consume(copied, stage, command)
-    assert run.returncode == 2
+    assert run.status == 2
     (line,) = run.stderr.splitlines()
     assert line.startswith(f"Error: {manifest}: damaged, not JSON: ")
     assert not (copied / "new").exists()
@@ -525,15 +537,13 @@ def test_a_flipped_bit_is_never_read_as_good_data(stage: str, command: str, copi
     assert not (copied / "new").exists()
 
 
-def assert_names_the_file(
-    run: subprocess.CompletedProcess[str], path: Path, command: str, *, word: str
-) -> None:
+def assert_names_the_file(run: Run, path: Path, command: str, *, word: str) -> None:
     if command == "verify":
-        assert run.returncode == 1
+        assert run.status == 1
         lines = run.stdout.splitlines()
         assert any(line.startswith(f"{path}: ") and word in line for line in lines), run.stdout
     else:
-        assert run.returncode == 2
+        assert run.status == 2
         (line,) = run.stderr.splitlines()
         assert line.startswith(f"Error: {path}: ")
         assert word in line

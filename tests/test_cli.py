@@ -12,7 +12,17 @@ import pytest
 
 RUNS = Path(__file__).resolve().parents[1] / "srft_prep" / "examples" / "runs"
 COMMANDS = ("ingest", "label", "tokenize", "pack", "stats", "inspect", "verify")
-HEAVY = ("polars", "transformers", "torch", "pyarrow", "tokenizers", "numpy")
+HEAVY = (
+    "polars",
+    "transformers",
+    "torch",
+    "pyarrow",
+    "tokenizers",
+    "numpy",
+    "starlette",
+    "uvicorn",
+    "matplotlib",
+)
 TRAJECTORY = "attempt-1/example__slots-12"
 
 Run = subprocess.CompletedProcess[str]
@@ -296,3 +306,26 @@ def test_a_reader_that_closes_the_pipe_is_no_error(stages: Path) -> None:
     )
     assert run.stderr == ""
     assert run.stdout.startswith("trajectory")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["stats", "."], "interrupted\n"),
+        (["ingest", ".", "-o", "out"], "interrupted; the same command continues\n"),
+    ],
+)
+def test_only_a_command_that_keeps_something_promises_to_continue(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    program = (
+        "import os, signal, sys\nfrom srft_prep import cli\n"
+        # a shell's background job, and what it starts, ignores SIGINT
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.argv[1:] = {words!r}\n"
+        f"cli.{words[0]}.callback = lambda **_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.main()\n"
+    )
+    child = [sys.executable, "-c", program]
+    run = subprocess.run(child, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (run.returncode, run.stderr.lstrip("\n")) == (130, said)

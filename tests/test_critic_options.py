@@ -98,7 +98,6 @@ FOREIGN = {
     "--engine-arg": ("rules", "scripted", "openai", "anthropic", "transformers"),
     "--gpu-usd-per-hour": ("rules", "scripted", "openai", "anthropic"),
     "--budget-usd": ("rules", "scripted"),
-    "--dry-run": ("rules", "scripted"),
     "--model": ("rules",),
 }
 VALUES = {
@@ -257,6 +256,29 @@ def test_a_dry_run_leaves_a_directory_of_labels_as_it_is(server, runs, tmp_path)
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     dry_run(server, runs, output)
     assert {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("critic", ["rules", "scripted"])
+def test_a_dry_run_of_a_critic_that_asks_no_model_says_what_and_that_it_costs_nothing(
+    runs, tmp_path, critic
+):
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text('{"trajectory_id": "a", "step_index": 0, "label": "good"}\n')
+    words = ("--critic", critic, *(("--model", listed) if critic == "scripted" else ()))
+    run = srft_prep("label", runs, "-o", tmp_path / "labels", *words, "--dry-run", "--json")
+    assert run.status == 0, run.stderr
+    *lines, document = run.stdout.splitlines()
+    assert lines == [
+        "to ask: 2 requests about 2 trajectories, 12 steps",
+        "cost: $0.00, no model is asked",
+    ]
+    found = orjson.loads(document)
+    assert (found["requests"], found["trajectories"], found["steps"]) == (2, 2, 12)
+    assert (found["usd"], found["prompt_tokens"]) == (0, 0)
+    assert not (tmp_path / "labels").exists()
+    assert srft_prep("label", runs, "-o", tmp_path / "labels", *words).status in (0, 1)
+    again = srft_prep("label", runs, "-o", tmp_path / "labels", *words, "--dry-run")
+    assert again.stdout.startswith("to ask: 0 requests about 0 trajectories, 0 steps\n")
 
 
 def test_the_shipped_prompt_is_the_default(server, runs, tmp_path):

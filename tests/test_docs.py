@@ -12,10 +12,13 @@ COMMANDS = (
     "ingest",
     "label",
     "tokenize",
+    "merge",
     "pack",
     "train",
     "export",
+    "critic-eval",
     "compare",
+    "review",
     "stats",
     "inspect",
     "verify",
@@ -60,3 +63,18 @@ def test_links_in_the_documents_lead_to_files() -> None:
     for document in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_files_and_tests_that_the_documents_name_are_there() -> None:
+    named = re.compile(
+        r"(?<![\w/.])((?:benchmarks|prompts|srft_prep|tests)/[\w/.-]+\.\w+)(?:::(\w+))?"
+    )
+    for document in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")):
+        if document.name in ("CHANGELOG.md", "LOG.md"):  # of their day
+            continue
+        for path, test in named.findall(document.read_text(encoding="utf-8")):
+            file = REPOSITORY / path
+            assert file.exists(), f"{document.name}: {path}"
+            if test:
+                text = file.read_text(encoding="utf-8")
+                assert f"def {test}(" in text, f"{document.name}: {path}::{test}"

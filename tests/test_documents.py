@@ -61,22 +61,26 @@ def documents_of(rows: list[Row], taken: list[int], seq_len: int, overlong: Over
     )
 
 
+def segments_of(rows: list[Row]) -> Segments:
+    """One segment a step."""
+    offsets, starts, ends = spans_of(*rows)
+    return Segments(
+        rows=np.repeat(np.arange(len(rows), dtype=np.int32), np.diff(offsets)),
+        spans=np.arange(len(starts)),
+        starts=starts,
+        ends=ends,
+        weights=np.array([weight for _, _, weights in rows for weight in weights], np.float64),
+    )
+
+
 def cut(row: Row, seq_len: int, overlong: Overlong) -> Cut:
     """Documents of a row that stands at place 7, behind rows that are not taken."""
     filler: Row = (50, [(0, 3, 5)], [1.0])
     rows = [*[filler] * 7, row, filler]
     documents = documents_of(rows, [7], seq_len, overlong)
-    offsets, starts, ends = spans_of(*rows)
-    num_steps = len(starts)
-    segments = Segments(
-        rows=np.repeat(np.arange(9, dtype=np.int32), np.diff(offsets)),
-        spans=np.arange(num_steps),
-        starts=starts,
-        ends=ends,
-        weights=np.array([weight for _, _, weights in rows for weight in weights]),
-    )
+    segments = segments_of(rows)
     ours = segments.select(segments.rows == 7)
-    runs, lost = weighted_runs(ours, documents, num_steps=num_steps)
+    runs, lost = weighted_runs(ours, documents, num_steps=len(segments.rows))
     found = list(
         zip(runs.starts.tolist(), runs.lengths.tolist(), runs.weights.tolist(), strict=True)
     )
@@ -173,6 +177,23 @@ def test_rows_are_cut_together_as_each_is_alone(
     assert together.rows.tolist() == [
         i for i, each in zip(taken, alone, strict=True) for _ in each.rows
     ]
+
+
+@given(st.lists(rows, max_size=6), seq_lens, st.data(), st.integers(1, 9))
+@each_overlong
+def test_weights_are_the_same_however_many_rows_are_worked_on_at_a_time(
+    overlong: Overlong, rows: list[Row], seq_len: int, data: Any, chunk: int
+) -> None:
+    taken = [i for i in range(len(rows)) if data.draw(st.booleans())]
+    documents = documents_of(rows, taken, seq_len, overlong)
+    segments = segments_of(rows)
+    together, lost = weighted_runs(segments, documents, num_steps=len(segments.rows))
+    some, lost_of_some = weighted_runs(
+        segments, documents, num_steps=len(segments.rows), chunk=chunk
+    )
+    assert lost_of_some == lost
+    for name in ("offsets", "starts", "lengths", "weights"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(together, name))
 
 
 @given(rows, seq_lens)

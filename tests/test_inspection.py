@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError, LabelError
-from srft_prep.inspection import clipped, printable, show
+from srft_prep.hostile_text import printable
+from srft_prep.inspection import find
+from srft_prep.inspection_text import clipped, lines
 from srft_prep.shards import pack
 from srft_prep.tokens import tokenize
 from srft_prep.types import Message, Trajectory
@@ -24,7 +26,6 @@ from tests.stages import (
     Examples,
     label_row,
     labels_by,
-    make_examples,
     srft_prep,
     trajectory,
     write_labels,
@@ -33,11 +34,6 @@ from tests.stages import (
 
 SHOWN = "attempt-2/example__pathglob-7"
 """An unresolved run of 14 steps with harmful and unnecessary ones."""
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
-    return make_examples(tmp_path_factory.mktemp("examples"))
 
 
 def inspected(*args: object) -> str:
@@ -92,27 +88,27 @@ def test_a_resolved_run_has_weight_1_whatever_its_labels(tmp_path: Path) -> None
 
 
 def test_long_observations_are_clipped_unless_they_are_asked_for(tmp_path: Path) -> None:
-    lines = [f"line {number}" for number in range(100)]
-    run = talk(Message(role="tool", kind="observation", content="\n".join(lines), name="bash"))
+    said = [f"line {number}" for number in range(100)]
+    run = talk(Message(role="tool", kind="observation", content="\n".join(said), name="bash"))
     runs = write_trajectories(tmp_path / "runs", [run])
     short = inspected(runs, "--id", "talk")
     assert "[... 88 more lines ...]" in short
     assert "    line 5\n    [..." in short
     assert "--- observation (tool bash)" in short
     full = inspected(runs, "--id", "talk", "--full")
-    assert [line.strip() for line in full.splitlines() if "line" in line] == lines
+    assert [line.strip() for line in full.splitlines() if "line" in line] == said
 
 
 @given(st.lists(strategies.texts(), max_size=40), st.integers(2, 20))
-def test_clipping_keeps_start_and_end_and_counts_the_rest(lines: list[str], limit: int) -> None:
-    result = clipped(lines, limit)
-    if len(lines) <= limit + 1:
-        assert result == lines
+def test_clipping_keeps_start_and_end_and_counts_the_rest(said: list[str], limit: int) -> None:
+    result = clipped(said, limit)
+    if len(said) <= limit + 1:
+        assert result == said
         return
     half = limit // 2
-    assert (result[:half], result[-half:]) == (lines[:half], lines[-half:])
-    assert result[half] == f"[... {len(lines) - 2 * half} more lines ...]"
-    assert clipped(lines, None) == lines
+    assert (result[:half], result[-half:]) == (said[:half], said[-half:])
+    assert result[half] == f"[... {len(said) - 2 * half} more lines ...]"
+    assert clipped(said, None) == said
 
 
 NASTY = "\x1b[2J\x1b]0;owned\x07red\x9b31m \u202eevil\u2066 \r\x00\x08\x7f\u2028\ufeff end"
@@ -212,9 +208,9 @@ def test_any_trajectory_can_be_shown(
     tmp_path_factory: pytest.TempPathFactory, run: Trajectory
 ) -> None:
     runs = write_trajectories(tmp_path_factory.mktemp("any") / "runs", [run])
-    lines = [text for text, _ in show(runs, run.trajectory_id)]
-    assert all(is_harmless(line) and line == line.rstrip() for line in lines)
-    assert sum(bool(re.match(r"=== step \d+$", line)) for line in lines) >= run.num_steps
+    shown = [text for text, _ in lines(find(runs, run.trajectory_id))]
+    assert all(is_harmless(line) and line == line.rstrip() for line in shown)
+    assert sum(bool(re.match(r"=== step \d+$", line)) for line in shown) >= run.num_steps
 
 
 def test_color_is_on_when_asked_for_and_adds_nothing_else(examples: Examples) -> None:
@@ -270,14 +266,14 @@ def test_labels_of_another_version_are_refused(tmp_path: Path) -> None:
     rows = [label_row(run, 0, "good", content_hash="0" * 32)]
     labels = write_labels(tmp_path / "labels", rows)
     with pytest.raises(LabelError, match="labels of another version of failed"):
-        list(show(runs, "failed", labels=labels))
+        find(runs, "failed", labels=labels)
 
 
 def test_labels_belong_beside_trajectories(examples: Examples) -> None:
     with pytest.raises(ConfigError, match="give the trajectories, and this folder as --labels"):
-        list(show(examples.labels, SHOWN))
+        find(examples.labels, SHOWN)
     with pytest.raises(ConfigError, match="--labels: only beside trajectories"):
-        list(show(examples.tokens, SHOWN, labels=examples.labels))
+        find(examples.tokens, SHOWN, labels=examples.labels)
 
 
 def test_tokens_of_another_tokenizer_are_not_decoded(examples: Examples, tmp_path: Path) -> None:
@@ -289,7 +285,7 @@ def test_tokens_of_another_tokenizer_are_not_decoded(examples: Examples, tmp_pat
         (folder / file["name"]).write_bytes((examples.tokens / file["name"]).read_bytes())
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
     with pytest.raises(ConfigError, match="not the tokenizer that these tokens were made with"):
-        list(show(folder, SHOWN))
+        find(folder, SHOWN)
 
 
 def test_a_label_without_a_step_is_no_trouble(tmp_path: Path) -> None:
@@ -298,3 +294,46 @@ def test_a_label_without_a_step_is_no_trouble(tmp_path: Path) -> None:
     labels = write_labels(tmp_path / "labels", labels_by([run], {"failed": ("harmful", "good")}))
     text = inspected(runs, "--id", "failed", "--labels", labels)
     assert "=== step 0 | harmful | weight 0" in text
+
+
+def test_an_error_about_labels_shows_no_control_character_either(tmp_path: Path) -> None:
+    nasty, plain = nasty_run(), trajectory("plain")
+    runs = write_trajectories(tmp_path / "runs", [nasty, plain])
+    given = [{"trajectory_id": "plain", "step_index": step, "label": "good"} for step in range(3)]
+    said = tmp_path / "said.jsonl"
+    said.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in given))
+    words = ("label", runs, "--critic", "scripted", "--model", said, "-o", tmp_path / "labels")
+    run = srft_prep(*words)
+    assert run.status == 1
+    assert r"failed: nasty\x1b[31m" in run.stderr
+    assert is_harmless(run.stderr)
+    lost = {"trajectory_id": nasty.trajectory_id, "step_index": 5, "label": "good"}
+    gold = tmp_path / "gold.jsonl"
+    gold.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in (*given, lost)))
+    run = srft_prep("critic-eval", "--labels", tmp_path / "labels", "--gold", gold)
+    assert run.status == 2
+    assert r"nasty\x1b[31m" in run.stderr
+    assert is_harmless(run.stderr)
+
+
+def test_a_usage_error_shows_no_control_character_and_keeps_its_lines(tmp_path: Path) -> None:
+    run = srft_prep("stats", tmp_path / "no\x1b]0;owned\x07where")
+    assert run.status == 2
+    assert "stats [OPTIONS] TRAJECTORIES" in run.stderr.splitlines()[0]
+    assert is_harmless(run.stderr)
+    assert run.stderr.splitlines()[-1].startswith("Error: ")
+
+
+@pytest.mark.parametrize("label", ['x"><h1>INJECTED</h1>', "evil", "\x1b[31m"])
+@pytest.mark.parametrize("resolved", [True, False])
+def test_a_label_that_is_none_is_refused(tmp_path: Path, label: str, resolved: bool) -> None:
+    run = trajectory("failed", resolved=resolved)
+    runs = write_trajectories(tmp_path / "runs", [run])
+    labels = write_labels(tmp_path / "labels", [label_row(run, 1, label)])
+    words = ("inspect", runs, "--id", "failed", "--labels", labels)
+    for more in ((), ("--html", tmp_path / "page.html")):
+        found = srft_prep(*words, *more)
+        assert found.status == 2
+        assert "failed: step 1: expected a label of good, unnecessary, harmful" in found.stderr
+        assert is_harmless(found.stderr)
+    assert not (tmp_path / "page.html").exists()

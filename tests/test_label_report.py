@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 
 from srft_prep.critic import CriticRequest, Question
 from srft_prep.critic.pricing import Price, Rates
-from srft_prep.label_report import estimate, estimate_lines, usage_lines
+from srft_prep.estimates import estimate
+from srft_prep.label_report import estimate_lines, usage_lines
 from tests.stages import trajectory
 
 PRICE = Price(input=1.0, output=10.0, cached_input=0.1, cache_write=1.0, batch_factor=0.5)

@@ -23,9 +23,9 @@ from srft_prep.critic.parts import Part
 from srft_prep.critic.pricing import Price, Rates
 from srft_prep.critic.prompt import load_prompt
 from srft_prep.critic.question import Planner, QuestionSettings
-from srft_prep.label_tables import SCALES
 from srft_prep.labeling import label, missing_requests
 from srft_prep.ledger import ledger_files
+from srft_prep.ledger_labels import SCALES
 from srft_prep.verification import verify
 from tests.stages import listed_label, trajectory, write_trajectories
 

@@ -15,13 +15,13 @@ from srft_prep.config import LabelConfig
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel, failure_of
 from srft_prep.critic.parts import Part, context_hash
 from srft_prep.critic.pricing import Rates
-from srft_prep.label_tables import SCALES, is_labelled, limits_of, merged, rows_of, wanted
 from srft_prep.labeling import label
 from srft_prep.ledger import Ledger, key_of
+from srft_prep.ledger_labels import SCALES, is_labelled, limits_of, merged, rows_of, wanted
 from srft_prep.manifest import read_manifest
 from srft_prep.types import LABELS
 from srft_prep.verification import verify
-from tests.stages import trajectory, write_trajectories
+from tests.stages import ListedCritic, run_critic, trajectory, write_trajectories
 from tests.strategies import step_labels
 
 LIMIT = 8000
@@ -389,3 +389,13 @@ def test_the_tables_of_any_ledger_are_sound_and_hold_all_of_its_money(replies, v
     assert manifest.counts["failures"] == sum(row["failure"] is not None for row in requests)
     assert manifest.counts["trajectories"] == 1
     assert len(labels) == 6 or manifest.counts["failures"] > 0
+
+
+def test_ids_that_differ_by_a_nul_at_the_end_keep_their_own_labels(tmp_path: Path) -> None:
+    runs = [trajectory("run"), trajectory("run\x00", num_steps=5)]
+    source = write_trajectories(tmp_path / "runs", runs)
+    run_critic(source, tmp_path / "labels", ListedCritic())
+    labels = pl.read_parquet(tmp_path / "labels" / "labels.parquet")
+    counts = dict(labels["trajectory_id"].value_counts().iter_rows())
+    assert counts == {"run": 3, "run\x00": 5}
+    assert verify(tmp_path / "labels").problems == ()

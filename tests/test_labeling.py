@@ -12,15 +12,16 @@ import pytest
 from srft_prep.config import LabelConfig, Only
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
 from srft_prep.errors import BackendError, ConfigError, ShardError
-from srft_prep.label_tables import wanted
 from srft_prep.labeling import count_trajectories, label
 from srft_prep.ledger import ledger_files
+from srft_prep.ledger_labels import wanted
 from srft_prep.manifest import Manifest
 from srft_prep.schemas import LABELS, REQUESTS
 from srft_prep.statistics import collect
 from srft_prep.trajectories import read_trajectories
 from srft_prep.types import Trajectory
 from srft_prep.verification import verify
+from tests.faults.disks import read_only
 from tests.stages import (
     ListedCritic,
     listed_label,
@@ -116,6 +117,8 @@ def test_the_tables_have_the_columns_of_the_contract(runs: Path, tmp_path: Path)
         "usd": 0.25,
         "clipped_tokens": 0,
         "failure": None,
+        "critic_id": "listed@1",
+        "prompt_hash": "none",
     }
 
 
@@ -262,11 +265,11 @@ def test_a_run_with_nothing_to_ask_reads_no_message(
     run_critic(runs, folder, ListedCritic())
     read: list[Path] = []
 
-    def watched(parts: Iterable[Path]) -> Iterator[Trajectory]:
+    def watched(parts: Iterable[Path], **settings: Any) -> Iterator[Trajectory]:
         read.extend(parts)
-        return read_trajectories(list(parts))
+        return read_trajectories(list(parts), **settings)
 
-    monkeypatch.setattr("srft_prep.labeling.read_trajectories", watched)
+    monkeypatch.setattr("srft_prep.asking.read_trajectories", watched)
     run_critic(runs, folder, ListedCritic())
     assert read == []
     late = write_trajectories(tmp_path / "more", [*RUNS, trajectory("late")])
@@ -489,6 +492,43 @@ def scripted_file(path: Path, names: list[str]) -> Path:
     ]
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     return path
+
+
+def test_labels_that_cannot_be_written_to_are_of_use_where_nothing_is_to_be_done(
+    runs: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    output = disk / "labels"
+    first = run_critic(runs, output, ListedCritic())
+    more = write_trajectories(tmp_path / "more", (*RUNS, trajectory("late", num_steps=3)))
+    with read_only(disk):
+        critic = ListedCritic()
+        again = run_critic(runs, output, critic)
+        assert critic.asked == []
+        assert again.data == first.data
+        assert again.run["reused"] == 3
+        assert again.run["usage"] == dict.fromkeys(first.run["usage"], 0)
+        for source, settings in ((more, {}), (runs, {"only": "resolved"})):
+            other = ListedCritic()
+            with pytest.raises(ConfigError, match=r"labels: .*written to .*Read-only file system"):
+                run_critic(source, output, other, **settings)
+            assert other.asked == []
+
+
+def test_what_failed_is_not_asked_again_where_the_answer_could_not_be_kept(
+    runs: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    output = disk / "labels"
+    run_critic(runs, output, ListedCritic(failing={"failed"}))
+    with read_only(disk):
+        critic = ListedCritic()
+        with pytest.raises(ConfigError, match="written to, and there is something to ask"):
+            run_critic(runs, output, critic, retry_failed=True)
+        assert critic.asked == []
+        assert run_critic(runs, output, critic).counts["failures"] == 1
 
 
 def test_the_command_exits_with_1_where_requests_failed(runs: Path, tmp_path: Path) -> None:

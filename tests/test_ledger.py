@@ -1,3 +1,7 @@
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +75,72 @@ def test_what_was_appended_is_found_at_once_and_after_reopening(tmp_path: Path) 
         assert found["trajectory_id"] == "run-0"
         assert not ledger.has(key(1), failed=True)
         assert ledger.num_damaged == 0
+
+
+def test_a_ledger_goes_on_in_another_file_once_one_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srft_prep.ledger.ROLL_BYTES", 1000)
+    with Ledger(tmp_path) as ledger:
+        for number in range(4):
+            ledger.append(key(number), reply(number, note="x" * 600))
+        assert ledger.get(key(0))["trajectory_id"] == "run-0"
+    names = ["ledger-00000.jsonl", "ledger-00001.jsonl"]
+    assert [path.name for path in ledger_files(tmp_path)] == names
+    with Ledger(tmp_path) as ledger:
+        found = [ledger.get(key(number))["trajectory_id"] for number in range(4)]
+    assert found == [f"run-{number}" for number in range(4)]
+
+
+@contextmanager
+def files_to_open(number: int) -> Iterator[None]:
+    """Let this process open no more than some further files at a time."""
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + number, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_ledger_of_more_files_than_a_process_may_have_open_is_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srft_prep.ledger.ROLL_BYTES", 1)
+    critics = [f"critic@{number}" for number in range(60)]
+    with files_to_open(40):
+        with Ledger(tmp_path) as ledger:
+            for critic in critics:
+                ledger.append(key(critic_id=critic), reply(note=critic))
+        assert len(ledger_files(tmp_path)) == len(critics)
+        with Ledger(tmp_path) as ledger:
+            ledger.append(key(1), reply(1))
+            for critic in [*critics, *critics[::-1]]:
+                found = ledger.get(key(critic_id=critic))
+                assert found is not None
+                assert found["labels"][1]["rationale"] == critic
+
+
+def test_a_ledger_that_could_not_open_its_next_file_goes_on_in_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, away = tmp_path / "ledger", tmp_path / "away"
+    folder.mkdir()
+    with Ledger(folder) as ledger:
+        ledger.append(key(), reply())
+        monkeypatch.setattr("srft_prep.ledger.ROLL_BYTES", 1)
+        folder.rename(away)
+        with pytest.raises(FileNotFoundError):
+            ledger.append(key(1), reply(1))
+        away.rename(folder)
+        monkeypatch.undo()
+        for number in (1, 2):
+            ledger.append(key(number), reply(number))
+        assert ledger.get(key(1)) is not None
+    with Ledger(folder) as ledger:
+        assert [ledger.has(key(number), failed=False) for number in range(4)] == [1, 1, 1, 0]
 
 
 def test_a_key_is_content_critic_prompt_and_part() -> None:

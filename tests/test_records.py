@@ -200,7 +200,7 @@ def test_a_decompression_bomb_is_rejected_and_what_follows_is_taken(tmp_path: Pa
         file.write(b'\n{"a": 1}\n')
     assert path.stat().st_size < MAX_RECORD_BYTES / 100
     assert told(list(records(path))) == [
-        (1, None, "line longer than 512 MiB"),
+        (1, None, "line longer than 256 MiB"),
         (2, {"a": 1}, None),
     ]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError, LabelError
-from srft_prep.manifest import Manifest
+from srft_prep.manifest import Manifest, read_manifest
 from srft_prep.schemas import SHARDS
 from srft_prep.shard_files import IGNORED, ROW_GROUP_ROWS, SUM_KEY
 from srft_prep.shards import pack
@@ -31,7 +31,6 @@ from tests.stages import (
     Run,
     label_row,
     labels_by,
-    make_examples,
     srft_prep,
     token_row,
     trajectory,
@@ -78,11 +77,6 @@ def tokens(tmp_path: Path) -> Path:
 @pytest.fixture
 def labels(tmp_path: Path) -> Path:
     return write_labels(tmp_path / "labels", labels_by(RUNS, GIVEN))
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
-    return make_examples(tmp_path_factory.mktemp("examples"))
 
 
 def config(**values: Any) -> PackConfig:
@@ -738,3 +732,42 @@ def pack_command(tokens: Path, tmp_path: Path, labels: Path, *options: object) -
 def packed_names(tmp_path: Path) -> set[str]:
     table: pa.Table = pq.read_table(tmp_path / "shards" / "shard-00000.parquet")
     return {name for names in table["trajectory_ids"].to_pylist() for name in names}
+
+
+def test_pack_weighs_by_one_annotator_of_a_gold_file(
+    tokens: Path, labels: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "trajectory_id": run.trajectory_id,
+            "step_index": step,
+            "label": label,
+            "annotator": annotator,
+            "reason": "by hand",
+        }
+        for annotator, given in (("ada", GIVEN), ("bob", dict.fromkeys(GIVEN, ["good"] * 9)))
+        for run in RUNS
+        for step, label in enumerate(given.get(run.trajectory_id, ())[: run.num_steps])
+    ]
+    gold = tmp_path / "gold.jsonl"
+    gold.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    unsaid = pack_command(tokens, tmp_path, gold)
+    assert unsaid.status == 2
+    assert "labels by ada, bob; say whose: --annotator ada" in unsaid.stderr
+    by_critic = pack(tokens, tmp_path / "by-critic", config(), labels=labels)
+    said = pack_command(tokens, tmp_path, gold, "--annotator", "ada")
+    assert said.status == 0, said.stderr
+    by_hand = read_manifest(tmp_path / "shards")
+    assert packed(by_hand) == packed(by_critic)
+    assert by_hand.data["inputs"][1]["annotator"] == "ada"
+    again = pack_command(tokens, tmp_path, gold, "--annotator", "bob")
+    assert again.status == 2
+    assert "other settings or inputs" in again.stderr
+
+
+def test_an_annotator_of_a_label_directory_is_refused(
+    tokens: Path, labels: Path, tmp_path: Path
+) -> None:
+    run = pack_command(tokens, tmp_path, labels, "--annotator", "ada")
+    assert run.status == 2
+    assert "names no annotator" in run.stderr

@@ -1,5 +1,6 @@
 """Stage directories: whole or resumable, by one writer, and read only as they were written."""
 
+import fcntl
 import tempfile
 from contextlib import suppress
 from itertools import permutations
@@ -14,8 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srft_prep.errors import ConfigError, ShardError
-from srft_prep.manifest import Manifest, describe_file, hash_of, read_manifest
-from srft_prep.storage import StageWriter, atomic_path, write_bytes, write_table
+from srft_prep.hashes import hash_of
+from srft_prep.manifest import (
+    Manifest,
+    describe_file,
+    read_manifest,
+)
+from srft_prep.storage import (
+    LOCK,
+    StageWriter,
+    atomic_path,
+    write_bytes,
+    write_rejected,
+    write_table,
+)
+from tests.faults.disks import read_only
 
 COUNTS = {"trajectories": 3, "rejected": 0}
 INPUTS = [{"path": "/somewhere", "sha256": "00"}]
@@ -393,3 +407,76 @@ def test_a_hash_depends_on_the_value_and_not_on_the_order_of_its_keys(
     assert hash_of(dict(items)) == hash_of(value)
     assert hash_of(orjson.loads(orjson.dumps(value))) == hash_of(value)
     assert hash_of([value]) != hash_of(value)
+
+
+def test_a_file_that_changed_since_it_was_journalled_is_work_to_be_done_again(
+    tmp_path: Path,
+) -> None:
+    part = tmp_path / "out" / "part-00000.parquet"
+    with opened(tmp_path / "out") as writer:
+        write_table(table(3), part, row_group_rows=2)
+        writer.record("one", {"rows": 3}, files=[part])
+        assert writer.entry("one") == {"rows": 3}
+    whole = part.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:50] + b"?" + whole[51:], None):
+        part.unlink(missing_ok=True) if damaged is None else part.write_bytes(damaged)
+        with opened(tmp_path / "out") as writer:
+            assert writer.entry("one") is None
+    part.write_bytes(whole)
+    with opened(tmp_path / "out") as writer:
+        assert writer.entry("one") == {"rows": 3}
+        write_table(table(4), part, row_group_rows=2)
+        writer.record("one", {"rows": 4}, files=[part])
+        manifest = writer.finish(counts=COUNTS, names=[part.name], command=[])
+    assert manifest.files == [describe_file(part)]
+
+
+def test_a_run_on_another_host_is_seen_by_its_lock_on_the_journal(tmp_path: Path) -> None:
+    with opened(tmp_path / "out"):
+        pass  # interrupted: its journal stays
+    with (tmp_path / "out" / ".progress" / LOCK).open("rb+") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)  # a lock of the directory would not reach this host
+        with pytest.raises(ConfigError, match="another srft-prep run is writing here"):
+            opened(tmp_path / "out")
+    write(tmp_path / "out")
+    assert not (tmp_path / "out" / ".progress").exists()
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", "..", "", "a\0b"])
+def test_a_manifest_that_names_a_file_elsewhere_is_damaged(name: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "manifest.json"
+    manifest = orjson.loads(file.read_bytes())
+    manifest["files"][0]["name"] = name
+    file.write_bytes(orjson.dumps(manifest))
+    with pytest.raises(ShardError, match="is no place in the directory"):
+        read_manifest(tmp_path)
+
+
+def test_a_changed_list_is_never_an_input_either(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        write_rejected(tmp_path, [{"reason": "none"}])
+        manifest = writer.finish(counts=COUNTS, names=["rejected.jsonl"], command=[])
+    assert manifest.checked() == manifest
+    (tmp_path / "rejected.jsonl").write_bytes(b'{"reason": "nine"}\n')
+    with pytest.raises(ShardError, match=r"rejected\.jsonl: changed since it was written"):
+        manifest.checked()
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_what_cannot_be_written_to_is_told_in_words(accumulates: bool, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    (disk / "empty").mkdir(parents=True)
+    with opened(disk / "half", accumulates=accumulates) as writer:
+        write_bytes(writer.path / "part-00000.parquet", b"one")
+    write(disk / "whole")
+    with read_only(disk):
+        for place in ("empty", "half"):
+            with pytest.raises(ConfigError, match=f"{place}: .* written to .Read-only file"):
+                opened(disk / place, accumulates=accumulates)
+        with opened(disk / "whole", accumulates=accumulates) as writer:
+            assert writer.finished
+    # what a kill between manifest and journal left behind
+    (disk / "whole" / ".progress").mkdir()
+    with read_only(disk), opened(disk / "whole", accumulates=accumulates) as writer:
+        assert writer.finished

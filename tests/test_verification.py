@@ -519,6 +519,7 @@ def test_a_row_that_breaks_a_law_is_named_though_the_files_agree(stages: Path, d
     found = rewrite(stages, table, change)
     assert expected in found
     assert "cannot be read" not in found
+    assert len({*found.splitlines()}) == len(found.splitlines())  # each problem is told once
 
 
 def test_other_columns_are_named(stages: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srft_prep.errors import LabelError
+from srft_prep.errors import ConfigError, LabelError
+from srft_prep.gold import read_gold
+from srft_prep.types import LABELS
 from srft_prep.weight_files import (
     FIRST_FIELD,
     STEP_TARGET,
@@ -185,3 +187,76 @@ def test_any_row_is_a_row_or_a_named_error(
     assert isinstance(row.trajectory_id, str)
     assert row.content_hash is None or isinstance(row.content_hash, str)
     assert all(0 <= factor.weight < 3.5e38 for factor in row.factors)
+
+
+def gold_line(step: int, label: str | None, annotator: str | None = "ada", **more: Any) -> Any:
+    named = {} if annotator is None else {"annotator": annotator}
+    return {"trajectory_id": "a", "step_index": step, "label": label, **named, **more}
+
+
+def labels_of(path: Path, annotator: str | None = None) -> dict[int, str]:
+    return {row.step: LABELS[row.label] for row in read_label_rows(path, annotator=annotator)}
+
+
+def test_a_gold_file_with_notes_is_a_file_of_labels(tmp_path: Path) -> None:
+    notes = {"reason": "it ran the wrong tests", "severity": 2, "time": "2026-11-26T08:00:00Z"}
+    path = lines(tmp_path / "gold.jsonl", LABEL | notes, LABEL | notes | {"step_index": 4})
+    assert labels_of(path) == {3: "good", 4: "good"}
+    with pytest.raises(LabelError, match="got 'wieght'"):
+        labels_of(lines(path, LABEL | notes | {"wieght": 1}))
+
+
+def test_the_newest_line_of_an_annotator_is_the_label_as_in_gold(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "gold.jsonl",
+        gold_line(0, "good"),
+        gold_line(1, "harmful", blind=True),
+        gold_line(0, "harmful", blind=False, weight=0.5),
+        gold_line(1, None, undoes=True),
+        gold_line(2, "unnecessary"),
+    )
+    path.write_bytes(path.read_bytes() + b'{"trajectory_id": "a", "step_in')
+    first, second = read_label_rows(path)
+    assert (first.line, first.step, LABELS[first.label]) == (3, 0, "harmful")
+    assert first.factors == (Factor(target=STEP_TARGET, weight=0.5),)
+    assert (second.line, second.step, LABELS[second.label]) == (5, 2, "unnecessary")
+    assert read_gold([path]).labels == {("a", 0): "harmful", ("a", 2): "unnecessary"}
+
+
+def test_of_several_annotators_one_must_be_named(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "gold.jsonl",
+        gold_line(0, "good"),
+        gold_line(0, "harmful", "bob"),
+        gold_line(1, "good", "bob"),
+        gold_line(1, "good", None),
+        gold_line(2, "harmful", "cy"),
+        gold_line(2, None, "cy"),
+        gold_line(3, "harmful", "ada"),
+        gold_line(3, "good", "bob"),
+        gold_line(3, "unnecessary", "cy", adjudicates=True),
+    )
+    with pytest.raises(ConfigError, match=r"labels by \(unnamed\), ada, bob, cy; say whose"):
+        labels_of(path)
+    assert labels_of(path, "ada") == {0: "good", 3: "harmful"}
+    assert labels_of(path, "bob") == {0: "harmful", 1: "good", 3: "good"}
+    assert labels_of(path, "cy") == {3: "unnecessary"}
+    assert labels_of(path, "") == {1: "good"}
+    assert labels_of(path, "agreed") == {1: "good", 3: "unnecessary"}
+    with pytest.raises(ConfigError, match="expected labels by 'eve', there are some by"):
+        labels_of(path, "eve")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_labels_that_name_nobody_are_nobodys_by_name(suffix: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "labels.jsonl", LABEL)
+    if suffix == "parquet":
+        path = tmp_path / "labels.parquet"
+        pq.write_table(pa.Table.from_pylist([LABEL]), path)
+    with pytest.raises(ConfigError, match=f"{path}: .*names no annotator"):
+        labels_of(path, "ada")
+
+
+def test_a_text_that_only_mentions_an_annotator_makes_no_gold_file(tmp_path: Path) -> None:
+    path = lines(tmp_path / "labels.jsonl", LABEL | {"rationale": "annotator"}, LABEL)
+    assert [row.line for row in read_label_rows(path)] == [1, 2]

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, Final, Literal, Protocol, Self
 
 from srft_prep.critic.pricing import Rates
-from srft_prep.errors import ConfigError
+from srft_prep.errors import ConfigError, in_one_line
 from srft_prep.types import Label, Trajectory
 
 CRITICS: Final[dict[str, str]] = {
@@ -46,7 +46,7 @@ engine: the local engine died of it.
 
 def failure_of(kind: FailureKind, reason: str) -> str:
     """Return the text of a failure: its kind, a colon, and the reason in one line of UTF-8."""
-    line = " ".join(reason.split())
+    line = in_one_line(reason)
     return f"{kind}: {line.encode('utf-8', 'replace').decode()}"
 
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import yaml
 
-from srft_prep.errors import ConfigError
+from srft_prep.errors import ConfigError, in_one_line
 from srft_prep.types import LABELS, Label
 
 PLACEHOLDERS: Final = ("task", "steps", "first_step", "last_step", "answer")
@@ -156,7 +156,7 @@ def _split(text: str, path: Path) -> tuple[dict[Any, Any], str]:
     try:
         front = yaml.safe_load("\n".join(lines[1:end]))
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
         raise ConfigError(f"{path}: expected YAML in the front matter: {reason}") from None
     if not isinstance(front, dict):
         raise ConfigError(

@@ -18,10 +18,10 @@ import orjson
 from srft_prep.critic import CriticReply, CriticRequest, StepLabel
 from srft_prep.critic.pricing import Rates
 from srft_prep.errors import ConfigError, LabelError
+from srft_prep.schemas import PROBABILITIES
 from srft_prep.types import LABELS, Label, Trajectory
 
 _FIELDS: Final = ("trajectory_id", "step_index", "label")
-_PROBABILITIES: Final = ("p_good", "p_unnecessary", "p_harmful")
 _NAMED_STEPS: Final = 10
 
 
@@ -171,7 +171,7 @@ def _step_label(record: Mapping[str, Any], step: int, *, where: str) -> StepLabe
     rationale = record.get(key)
     if rationale is not None and not isinstance(rationale, str):
         raise LabelError(f"{where}: {key}: expected text, got {_shown(rationale)}")
-    good, unnecessary, harmful = (_probability(record, key, where=where) for key in _PROBABILITIES)
+    good, unnecessary, harmful = (_probability(record, key, where=where) for key in PROBABILITIES)
     return StepLabel(
         step_index=step,
         label=label,

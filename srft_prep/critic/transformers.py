@@ -18,7 +18,7 @@ from srft_prep.critic.engine.checkpoint import open_checkpoint, planner_of
 from srft_prep.critic.engine.label_tokens import label_token_ids, pieces_of
 from srft_prep.critic.pricing import Rates
 from srft_prep.critic.question import QuestionSettings
-from srft_prep.errors import BackendError, ConfigError
+from srft_prep.errors import BackendError, ConfigError, in_one_line
 from srft_prep.types import Trajectory
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TransformersCritic:
                 thinks=self._settings.reasoning != "none",
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:500]
+            reason = in_one_line(error, limit=500)
             raise BackendError(
                 f"--model {self._checkpoint.model}: transformers cannot load it: "
                 f"{type(error).__name__}: {reason} (try --device cpu, or a smaller model)"

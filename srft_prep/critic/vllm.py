@@ -2,7 +2,8 @@
 
 The engines run in worker processes (`engine.vllm_worker`), which are watched and replaced when they
 die (`engine.pool`). This process plans, tokenises and parses while they work. It neither imports
-vllm nor touches a GPU.
+vllm nor touches a GPU. An answer that is cut off is asked for once more, with up to twice the room;
+both are counted.
 """
 
 import ast
@@ -11,6 +12,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,7 @@ import orjson
 
 from srft_prep.critic import CriticReply, CriticRequest, failure_of
 from srft_prep.critic.answers import AnswerError, Token, reply_of
+from srft_prep.critic.cut_answers import CutAnswers
 from srft_prep.critic.engine.checkpoint import Checkpoint, open_checkpoint, planner_of
 from srft_prep.critic.engine.pool import EnginePool, Job, worker_command
 from srft_prep.critic.hardware import Gpu
@@ -54,6 +57,21 @@ REASONING_PARSERS: Final[dict[str, str]] = {
     "seed_oss": "seed_oss",
 }
 """Model type -> vLLM's name of what tells its thoughts from its answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A request that an engine is at work on."""
+
+    request: CriticRequest
+    """Without its text."""
+    first: CriticReply | None = None
+    """What came of it when it was asked before."""
+
+    def usage(self, **last: float) -> dict[str, Any]:
+        """Return a reply's numbers: those of the last answer and of the one before."""
+        names = ("prompt_tokens", "cached_tokens", "completion_tokens", "seconds", "usd")
+        return {name: last.get(name, 0) + getattr(self.first, name, 0) for name in names}
 
 
 class VllmCritic:
@@ -118,17 +136,28 @@ class VllmCritic:
         """Yield one reply for each request as it is finished.
 
         Raises:
-            BackendError: no engine starts, or none stays alive.
+            BackendError: no engine starts, or none stays alive; or all answers are cut off.
             ConfigError: the engine refuses its arguments.
         """
-        asked: dict[int, tuple[CriticRequest, int]] = {}
-        """Number -> the request without its text, and its prompt tokens."""
+        asked: dict[int, _Asked] = {}
+        again: deque[Job] = deque()
         overlong: deque[CriticReply] = deque()
-        for job, answer in self._pool.ask(self._jobs(requests, asked, overlong)):
-            request, prompt_tokens = asked.pop(job.key)
-            yield self._reply(request, answer, prompt_tokens)
-            while overlong:
-                yield overlong.popleft()
+        cut_answers = CutAnswers(self._checkpoint.model)
+        # The second turn is for answers that were cut off when no request was left.
+        for jobs in (self._jobs(requests, asked, again, overlong), _emptied(again)):
+            for job, answer in self._pool.ask(jobs):
+                request = asked.pop(job.key)
+                reply, is_cut = self._reply(request, job, answer)
+                if is_cut and request.first is None and (longer := self._longer(job)):
+                    asked[longer.key] = replace(request, first=reply)
+                    again.append(longer)
+                    continue
+                ended = cut_answers.note(is_twice=is_cut and request.first is not None)
+                yield reply
+                while overlong:
+                    yield overlong.popleft()
+                if ended:
+                    raise ended
         yield from overlong
 
     def close(self) -> None:
@@ -138,10 +167,12 @@ class VllmCritic:
     def _jobs(
         self,
         requests: Iterable[CriticRequest],
-        asked: dict[int, tuple[CriticRequest, int]],
+        asked: dict[int, _Asked],
+        again: deque[Job],
         overlong: deque[CriticReply],
     ) -> Iterator[Job]:
         for request in requests:
+            yield from _emptied(again)  # first, while the cache still has their prompts
             question = request.question
             assert question is not None
             assert question.prompt_ids is not None, "a local model's questions have ids"
@@ -155,7 +186,7 @@ class VllmCritic:
                 overlong.append(CriticReply(request=request.light(), failure=failure))
                 continue
             self._num_asked += 1
-            asked[self._num_asked] = request.light(), len(question.prompt_ids)
+            asked[self._num_asked] = _Asked(request=request.light())
             yield Job(
                 key=self._num_asked,
                 message={
@@ -168,19 +199,36 @@ class VllmCritic:
                 group=request.content_hash,
             )
 
+    def _longer(self, job: Job) -> Job | None:
+        """Return a job that asks again with more room; None where the context has none."""
+        prompt_tokens, room = len(job.message["prompt_ids"]), job.message["max_tokens"]
+        more = min(2 * room, self._context_tokens - prompt_tokens)
+        if more <= room:
+            return None
+        self._num_asked += 1
+        return Job(
+            key=self._num_asked,
+            message={**job.message, "max_tokens": more},
+            num_tokens=prompt_tokens + more,
+            group=job.group,
+        )
+
     def _reply(
-        self, request: CriticRequest, answer: Mapping[str, Any] | str, prompt_tokens: int
-    ) -> CriticReply:
+        self, asked: _Asked, job: Job, answer: Mapping[str, Any] | str
+    ) -> tuple[CriticReply, bool]:
+        """Return what comes of an answer, and whether it gives no labels because it was cut off."""
         if isinstance(answer, str):
-            return CriticReply(request=request, failure=failure_of("engine", answer))
-        seconds = answer.get("seconds", 0.0)
-        usage: dict[str, Any] = {
-            "prompt_tokens": prompt_tokens,
-            "cached_tokens": answer.get("cached_tokens", 0),
-            "completion_tokens": answer.get("completion_tokens", 0),
-            "seconds": seconds,
-            "usd": seconds / 3600 * self.rates.usd_per_hour / self._pool.size,
-        }
+            failure = failure_of("engine", answer)
+            return CriticReply(request=asked.request, failure=failure, **asked.usage()), False
+        seconds, num_tokens = answer.get("seconds", 0.0), answer.get("completion_tokens", 0)
+        usage = asked.usage(
+            prompt_tokens=len(job.message["prompt_ids"]),
+            cached_tokens=answer.get("cached_tokens", 0),
+            completion_tokens=num_tokens,
+            seconds=seconds,
+            usd=seconds / 3600 * self.rates.usd_per_hour / self._pool.size,
+        )
+        is_cut = False
         if "rejected" in answer:
             failure = failure_of("rejected", answer["rejected"])
         elif "failed" in answer:
@@ -190,13 +238,13 @@ class VllmCritic:
             if tokens is not None:
                 tokens = [Token(text, tuple(map(tuple, others))) for text, others in tokens]
             try:
-                return reply_of(request, answer["text"], tokens, **usage)
+                return reply_of(asked.request, answer["text"], tokens, **usage), False
             except AnswerError as error:
-                cut = (
-                    f"cut off after {usage['completion_tokens']} tokens: " if answer["cut"] else ""
-                )
-                failure = failure_of("unparseable", f"{cut}{error}")
-        return CriticReply(request=request, failure=failure, **usage)
+                is_cut = answer["cut"]
+                reason = f"cut off after {num_tokens} tokens: {error}" if is_cut else str(error)
+                twice = " (asked twice)" if asked.first else ""
+                failure = failure_of("unparseable", f"{reason}{twice}")
+        return CriticReply(request=asked.request, failure=failure, **usage), is_cut
 
     def _add_reasoning_parser(self, given: dict[str, Any], settings: QuestionSettings) -> None:
         if settings.reasoning == "none" or "reasoning_parser" in given:
@@ -210,6 +258,11 @@ class VllmCritic:
                 "reasoning_parser=deepseek_r1, or --reasoning none)"
             )
         given["reasoning_parser"] = parser
+
+
+def _emptied(jobs: deque[Job]) -> Iterator[Job]:
+    while jobs:
+        yield jobs.popleft()
 
 
 def _greeting(

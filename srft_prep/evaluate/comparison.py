@@ -114,7 +114,7 @@ def compare(
             f"--k {max(ks)}: a training run has {fewest} rollouts, and pass@k needs at least k"
         )
     runs = {arm.name: {run: _of_run(them, ks) for run, them in arm.runs.items()} for arm in arms}
-    rates = {arm.name: _rates(arm) for arm in arms}
+    rates = {arm.name: rates_of(arm) for arm in arms}
     spread = measure_spread(list(rates.values()))
     needed = {
         rollouts: found
@@ -222,7 +222,8 @@ def runs_needed(gain: float, spread: Spread, rollouts: int) -> int | None:
     return max(ENOUGH_RUNS, math.ceil(runs))
 
 
-def _rates(arm: Arm) -> Rates:
+def rates_of(arm: Arm) -> Rates:
+    """Return the rates of an arm's rollouts, by training run."""
     return [[rollout.rate for rollout in rollouts] for rollouts in arm.runs.values()]
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from srft_prep.errors import ConfigError, FormatError
+from srft_prep.object_mirror import address_of
 from srft_prep.outcomes import truth
 
 COLUMNS: Final = ("arm", "training_run", "rollout", "instance_id", "resolved")
@@ -159,7 +160,7 @@ def read_summary(path: Path) -> Rollout:
         instances=known,
         num_instances=total,
         num_submitted=len(ids["submitted_ids"]) if "submitted_ids" in ids else total,
-        source=str(path),
+        source=address_of(path),
     )
 
 

@@ -124,7 +124,7 @@ def _convert(part: Path, name: str, form: Target, seq_len: int, writer: StageWri
     """Write the file of one shard, if an earlier run did not, and return what it holds."""
     path = writer.path / name
     entry = writer.entry(path.stem)
-    if entry is not None and path.exists():
+    if entry is not None:
         return Tally(**entry)
     if form.rows is None:
         with atomic_path(path) as temporary:
@@ -133,7 +133,7 @@ def _convert(part: Path, name: str, form: Target, seq_len: int, writer: StageWri
         tally = Tally(rows=num_rows, packs=num_rows)
     else:
         tally = _convert_rows(part, path, form, partial(form.rows, seq_len=seq_len))
-    writer.record(path.stem, tally.entry())
+    writer.record(path.stem, tally.entry(), files=[path])
     return tally
 
 

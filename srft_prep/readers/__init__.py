@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from srft_prep.errors import FormatError
+from srft_prep.hostile_text import printable
 
 READERS: Final[dict[str, str]] = {
     "nebius": "srft_prep.readers.nebius",
@@ -70,7 +71,7 @@ def recognised(record: Any) -> ModuleType | None:
 def describe(record: Any) -> str:
     """Return a few words about a value, for error messages: its type and its first keys."""
     if isinstance(record, dict):
-        keys = [str(key)[:40] for key in list(record)[:6]]
+        keys = [printable(str(key)[:40]).expandtabs(1) for key in list(record)[:6]]
         return f"an object with the keys {', '.join(keys)}" if keys else "an empty object"
     if isinstance(record, list):
         return f"a list of {len(record)} {type(record[0]).__name__}" if record else "an empty list"

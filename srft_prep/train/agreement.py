@@ -4,15 +4,20 @@ Ranks meet in collectives, and a rank that raises between two of them leaves the
 it until a timeout. So whatever can fail in one rank alone (files, settings, models) runs in here.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from srft_prep.errors import SrftError, TrainError
 
 TOLD: Final = "the first rank says it"
 """Note on an error that all ranks raise and one should show."""
+
+BEAT_SECONDS: Final = 60.0
+"""How often ranks that wait are told that the first one is still at work."""
 
 Result = TypeVar("Result")
 
@@ -35,6 +40,45 @@ def agreed(call: Callable[[], Result], group: dist.ProcessGroup | None = None) -
         raise box[1]
     result: Result = box[0]
     return result
+
+
+def agreed_at_length(call: Callable[[], Result], *, beat: float = BEAT_SECONDS) -> Result:
+    """Do as `agreed`, for what may take longer than a collective waits: what comes from a store.
+
+    Args:
+        call: it may meet no other rank.
+        beat: seconds between two signs of life.
+    """
+    if dist.get_world_size() == 1:
+        return agreed(call)
+    if dist.get_rank():
+        while _is_at_work():
+            pass
+        return agreed(call)
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(beat):
+            _is_at_work(True)
+        _is_at_work(False)
+
+    def call_told() -> Result:
+        teller = threading.Thread(target=tell, name="at work")
+        teller.start()
+        try:
+            return call()
+        finally:
+            over.set()
+            teller.join()
+
+    return agreed(call_told)
+
+
+def _is_at_work(is_so: bool = False) -> bool:
+    """Return in all ranks what the first one says."""
+    said = torch.tensor([is_so])
+    dist.broadcast(said, src=0)
+    return bool(said.item())
 
 
 def together(call: Callable[[], Result]) -> Result:

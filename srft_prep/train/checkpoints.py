@@ -20,8 +20,10 @@ The group of a checkpoint's own collectives is apart from training's, so that th
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
@@ -42,11 +44,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
-from srft_prep.errors import ConfigError, ShardError
-from srft_prep.manifest import describe_file, sha256_of
+from srft_prep.errors import ConfigError, ShardError, TrainError
+from srft_prep.hashes import sha256_of
+from srft_prep.manifest import describe_file
 from srft_prep.storage import flush, write_bytes
 from srft_prep.train.agreement import agreed
 
+CHECKPOINTS: Final = "checkpoints"
+"""The folder in a run's directory."""
 COMPLETE: Final = "complete.json"
 _NAME: Final = re.compile(r"step-(\d{8})")
 _OPTIONS: Final = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -68,15 +73,54 @@ _CLASSES: Final = {
 """What `.metadata` is made of, torch's dtypes aside."""
 
 
+class Kept:
+    """The checkpoints on the disk: the newest stay, and one that is being read meanwhile."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        """How many stay."""
+        self.assure: Callable[[], None] = lambda: None
+        """Raises where this run may write no more."""
+        self._held: int | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def newest(self) -> Iterator[int | None]:
+        """Give the step of the newest one that is complete, and keep it until the block ends."""
+        with self._lock:
+            steps = (
+                each for each in steps_in(self.folder) if (self.path(each) / COMPLETE).exists()
+            )
+            self._held = max(steps, default=None)
+        try:
+            yield self._held
+        finally:
+            self._held = None
+
+    def path(self, step: int) -> Path:
+        """Return a checkpoint's folder."""
+        return self.folder / name_of(step)
+
+    def prune(self) -> None:
+        """Drop all but the newest."""
+        with self._lock:
+            for step in sorted(steps_in(self.folder))[: -self.keep]:
+                if step != self._held:
+                    leaving = self.folder / f".{name_of(step)}.tmp"
+                    self.path(step).rename(leaving)
+                    shutil.rmtree(leaving)
+
+
 class Checkpoints:
     """A run's checkpoints; all ranks make one and call its methods together.
 
     Use as a context manager: leaving it waits for what is being written.
     """
 
-    def __init__(self, folder: Path, *, keep: int, say: Callable[[str], None]) -> None:
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, kept: Kept, *, say: Callable[[str], None]) -> None:
+        self.folder = kept.folder
+        self.kept = kept
         self.say = say
         self._group = dist.new_group(backend="gloo")
         self._rank = dist.get_rank()
@@ -96,11 +140,12 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Begin to write the state after `step` steps; the state may change once this returns.
 
-        Waits for the checkpoint before, whose failure it raises.
+        Waits for the checkpoint before, whose failure it raises; raises, too, where another run
+        took the directory over.
         """
         self.wait()
-        temporary = self.folder / f".step-{step:08d}.tmp"
-        agreed(partial(_make_empty, temporary), self._group)
+        temporary = self.folder / f".{name_of(step)}.tmp"
+        agreed(partial(self._make_empty, temporary), self._group)
         written = async_save(
             _tensors_of(*_state_of(model, optimizer)),
             storage_writer=FileSystemWriter(temporary, single_file_per_rank=True),
@@ -127,7 +172,7 @@ class Checkpoints:
         """
         steps = agreed(self._steps, self._group)
         for step in steps:
-            path = self.folder / _name(step)
+            path = self.kept.path(step)
             if problem := self._problem(path):
                 self.say(f"{path}: {problem}; trying the checkpoint before it")
                 agreed(partial(_set_aside, path), self._group)
@@ -157,7 +202,7 @@ class Checkpoints:
         """Return the steps of all checkpoints, newest first; drop what a killed run left."""
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
-        return sorted(_steps_in(self.folder), reverse=True)
+        return sorted(steps_in(self.folder), reverse=True)
 
     def _problem(self, path: Path) -> str | None:
         """Return what is wrong with a checkpoint, in all ranks alike; each looks at its share."""
@@ -174,8 +219,20 @@ class Checkpoints:
         return next(filter(None, told), None)
 
     def _complete(self, written: "Future[Any]", temporary: Path, step: int) -> None:
-        """Name a checkpoint, all of it being on the disk; drop the oldest ones."""
-        written.result()
+        """Name a checkpoint, all of it being on the disk; drop the oldest ones.
+
+        Raises:
+            TrainError: it cannot be written: the disk is full, say.
+        """
+        try:
+            written.result()
+        except (CheckpointException, RuntimeError, OSError) as error:  # torch has no OSError of it
+            free = shutil.disk_usage(self.folder).free
+            reason = str(error).partition("\n")[0]
+            raise TrainError(
+                f"{temporary}: cannot be written, with {free:,} bytes free there: {reason}; make "
+                "room, and the same command goes on"
+            ) from None
         mine = sorted(temporary.glob(f"__{self._rank}_*"))
         described: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(described, [describe_file(path) for path in mine], self._group)
@@ -184,19 +241,18 @@ class Checkpoints:
             files.append(describe_file(temporary / _METADATA))
             about = {"step": step, "world_size": len(described), "files": files}
             write_bytes(temporary / COMPLETE, orjson.dumps(about, option=orjson.OPT_INDENT_2))
-            final = self.folder / _name(step)
+            final = self.kept.path(step)
             if final.exists():
                 _set_aside(final)
             temporary.rename(final)
             flush(self.folder)
-            self._prune()
+            self.kept.prune()
         dist.barrier(self._group)
 
-    def _prune(self) -> None:
-        for step in sorted(_steps_in(self.folder))[: -self.keep]:
-            leaving = self.folder / f".{_name(step)}.tmp"
-            (self.folder / _name(step)).rename(leaving)
-            shutil.rmtree(leaving)
+    def _make_empty(self, folder: Path) -> None:
+        self.kept.assure()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
 
 
 def _state_of(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -262,12 +318,20 @@ def _read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def _steps_in(folder: Path) -> list[int]:
-    names = (_NAME.fullmatch(path.name) for path in folder.glob("step-*"))
-    return [int(name[1]) for name in names if name]
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps whose checkpoints lie in a folder, in no order."""
+    steps = (step_of(path.name) for path in folder.glob("step-*"))
+    return [step for step in steps if step is not None]
 
 
-def _name(step: int) -> str:
+def step_of(name: str) -> int | None:
+    """Return the step of a checkpoint of this name; None where it is none's."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -287,8 +351,3 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)

@@ -42,6 +42,7 @@ from srft_prep.token_columns import (
 from srft_prep.train.batches import Batch, PackedSequence, assemble, filler
 from srft_prep.train.loader import deal
 from srft_prep.types import LABELS
+from srft_prep.weight_files import annotators_of
 from srft_prep.weights import RECIPES
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class HeldOut:
                 StepIndex(columns),
                 soft=config.soft,
                 rejected=rejected_trajectories(source),
+                annotator=_annotator(labels, shards),
             )
         packs = pack_documents(documents.lengths.astype(np.int64), config.seq_len)
         groups, weights = _of_steps(columns, judgements, config)
@@ -265,6 +267,13 @@ def _require_packed(source: Manifest, shards: Manifest) -> None:
                 f"{source.path}: hash of the {what}: expected {expected[:12]}, as of the tokens "
                 f"that {shards.path} was packed from, got {theirs[:12]}; give those tokens"
             )
+
+
+def _annotator(labels: Path, shards: Manifest) -> str | None:
+    """Return whose labels count: of a gold file by several, those that the shards are made by."""
+    packed = {each.get("annotator") for each in shards.data["inputs"]} - {None}
+    is_by_people = labels.is_file() and annotators_of(labels)
+    return packed.pop() if packed and is_by_people else None
 
 
 def _hash_of(name: str) -> bytes:

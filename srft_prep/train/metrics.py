@@ -11,7 +11,10 @@ the output head on loss-bearing tokens only. What activation checkpointing compu
 of it.
 """
 
+import os
 import resource
+import socket
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -98,9 +101,11 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
-        self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._lines.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
 
     def record(self, metrics: StepMetrics) -> None:
         """Write and show one step."""
@@ -123,10 +128,14 @@ class Recorder:
         self._lines.write(orjson.dumps({"kind": kind, **values}) + b"\n")
         self._lines.flush()
         if self._board is not None:
-            for name, value in values.items():
-                if value is not None and name != "step":
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-            self._board.flush()
+            self._board.write(
+                {
+                    f"{kind}/{name}": float(value)
+                    for name, value in values.items()
+                    if value is not None and name != "step"
+                },
+                step,
+            )
 
     def _rates(self, steps: Iterable[StepMetrics]) -> dict[str, float | int | None]:
         """Return rates over some steps, and the most memory that this rank has had."""
@@ -207,14 +216,50 @@ def _drop_behind(path: Path, step: int) -> None:
         file.writelines(orjson.dumps(line) + b"\n" for line in kept)
 
 
-def _open_board(folder: Path, first_step: int, progress: Progress) -> Any:
-    """Return TensorBoard's writer, or None where it is not installed, which is said."""
+class _Board:
+    """TensorBoard's file of a run's values.
+
+    TensorBoard's own writer has a thread, which prints a traceback of its own where the disk is
+    full; here whoever writes gets the error.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        """Begin a file; values of earlier ones behind `first_step` are shown no more."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(exist_ok=True)
+        # files are read in the order of their names
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._add(step=first_step + 1, file_version="brain.Event:2")
+        self._add(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Write the values of a step; they are out of this process when this returns."""
+        shown = [self._summary.Value(tag=name, simple_value=values[name]) for name in values]
+        self._add(step=step, summary=self._summary(value=shown))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _add(self, **values: Any) -> None:
+        event = self._event(wall_time=time.time(), **values)
+        self._records.write(event.SerializeToString())
+
+
+def _open_board(folder: Path, first_step: int, progress: Progress) -> _Board | None:
+    """Return TensorBoard's file, or None where it is not installed, which is said."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return _Board(folder, first_step=first_step)
     except ImportError:
         progress.say("no TensorBoard logs: pip install 'srft-prep[train]'")
         return None
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 def _duration(seconds: float) -> str:

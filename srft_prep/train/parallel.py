@@ -75,7 +75,8 @@ def started(*, sequence_parallel: int = 1) -> Iterator[World]:
     Ranks of a sequence group are neighbours, since their exchange is the busiest.
 
     Raises:
-        ConfigError: `sequence_parallel` does not divide the number of processes.
+        ConfigError: `sequence_parallel` does not divide the number of processes, or there are more
+            processes than GPUs on a machine that has some.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -85,6 +86,11 @@ def started(*, sequence_parallel: int = 1) -> Iterator[World]:
             "processes (torchrun --nproc-per-node)"
         )
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} on this machine has no GPU: expected at most "
+            f"{torch.cuda.device_count()} (torchrun --nproc-per-node)"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -107,6 +113,26 @@ def started(*, sequence_parallel: int = 1) -> Iterator[World]:
         )
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let torch choose only kernels that add in a fixed order; enter it before `started`.
+
+    The attention kernel's backward pass otherwise adds up the gradient of queries in the order in
+    which blocks come to their end. Memory that is about to be written is not filled first, which
+    torch does in this mode unless told otherwise.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS's sums may vary
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def require_heads(config: PreTrainedConfig, sequence_parallel: int) -> None:

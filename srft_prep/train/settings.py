@@ -83,6 +83,8 @@ class RunOptions:
     """Compute each layer's forward pass again in the backward pass, to keep only its input."""
     compile: bool = False
     """Compile the layers."""
+    deterministic: bool = False
+    """Let a GPU add in a fixed order only, so that a step done again gives the same bits."""
     sequence_parallel: int = 1
     """Ranks that share each sequence."""
     loss_chunk: int | None = None

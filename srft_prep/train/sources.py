@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from srft_prep.chat import load_backend, tokenizer_path
-from srft_prep.errors import ConfigError
-from srft_prep.manifest import Manifest, hash_of, sha256_of
+from srft_prep.errors import ConfigError, in_one_line
+from srft_prep.hashes import hash_of, sha256_of
+from srft_prep.hub import hub_problem
+from srft_prep.manifest import Manifest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -108,12 +110,14 @@ def _hub_revision(model: str) -> str | dict[str, Any]:
     """Return the commit of a model at the hub; its configuration where none is known."""
     from transformers import AutoConfig
 
+    problem = hub_problem()
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, local_files_only=problem is not None)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        found = "no model at the hub" if problem is None else f"nothing in its cache, and {problem}"
         raise ConfigError(
-            f"--model {model}: no folder, and no model at the hub: {reason}"
+            f"--model {model}: expected a folder or a hub id, got no such folder, and {found}: "
+            f"{in_one_line(error)}"
         ) from None
     if commit := getattr(config, "_commit_hash", None):
         return str(commit)

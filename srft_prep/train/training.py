@@ -23,11 +23,12 @@ from srft_prep.critic.flops import NoShape, shape_of
 from srft_prep.errors import ConfigError
 from srft_prep.judgements import labels_input
 from srft_prep.manifest import Manifest, read_manifest
+from srft_prep.object_mirror import is_mirrored
 from srft_prep.progress import Progress, Silent
-from srft_prep.train.agreement import agreed, together
-from srft_prep.train.checkpoints import Checkpoints
+from srft_prep.train.agreement import agreed_at_length, together
+from srft_prep.train.checkpoints import CHECKPOINTS, Checkpoints, Kept
 from srft_prep.train.data import ShardSet
-from srft_prep.train.directory import CHECKPOINTS, Claim, RunDirectory
+from srft_prep.train.directory import Claim, RunDirectory
 from srft_prep.train.heldout import HeldOut, evaluate
 from srft_prep.train.hf_export import export_model
 from srft_prep.train.leaks import check_leaks
@@ -45,7 +46,8 @@ from srft_prep.train.model import (
     tiny_model,
 )
 from srft_prep.train.optim import make_optimizer
-from srft_prep.train.parallel import World, shard_model, started
+from srft_prep.train.parallel import World, deterministic, shard_model, started
+from srft_prep.train.remote import require_shared
 from srft_prep.train.settings import RunOptions, TrainConfig
 from srft_prep.train.sources import TINY, choose_tokenizer, model_input, num_ids, saved_tokenizer
 
@@ -89,8 +91,12 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
         TrainError: the model cannot be trained exactly, or a loss is no number.
         KeyboardInterrupt: asked to stop; a checkpoint was written and the same command continues.
     """
-    with started(sequence_parallel=job.options.sequence_parallel) as world, ExitStack() as stack:
+    with ExitStack() as stack:
+        if job.options.deterministic:
+            stack.enter_context(deterministic())
+        world = stack.enter_context(started(sequence_parallel=job.options.sequence_parallel))
         shown = (progress if world.rank == 0 else None) or Silent()
+        kept = Kept(job.output / CHECKPOINTS, keep=job.options.keep_checkpoints)
         directories: list[RunDirectory] = []
 
         def open_directory() -> tuple[Manifest | None, str | None, int, dict[str, Any]]:
@@ -103,7 +109,7 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
                 resume=job.resume,
                 overwrite=job.overwrite,
             )
-            directory = stack.enter_context(RunDirectory(claim, say=shown.say))
+            directory = stack.enter_context(RunDirectory(claim, kept=kept, say=shown.say))
             directories.append(directory)
             if directory.finished:
                 return directory.finished, tokenizer, 0, {}
@@ -111,12 +117,18 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
                 shown.say(remark)
             return None, tokenizer, num_ids(tokenizer), _about(job)
 
-        finished, tokenizer, ids, about = agreed(open_directory)
+        finished, tokenizer, ids, about = agreed_at_length(open_directory)
         if finished:
             return finished
+        if is_mirrored(job.output):
+            require_shared(job.output)
         prepared = _prepare(job, world, ids, shown)
-        agreed(lambda: directories[0].begin())
-        _run(job, prepared, shown, loaded=lambda: directories[0].adopt())
+        agreed_at_length(lambda: directories[0].begin())
+        _run(
+            *(job, prepared, kept, shown),
+            loaded=lambda: directories[0].adopt(),
+            stopped=lambda: directories[0].leave(),
+        )
         names = export_model(
             prepared.trainer.model,
             job.output,
@@ -124,7 +136,7 @@ def train(job: Job, *, progress: Progress | None = None) -> Manifest:
             tokenizer=saved_tokenizer(tokenizer),
         )
         about = {"tokenizer": tokenizer, "world_size": world.world_size, **about}
-        return agreed(
+        return agreed_at_length(
             lambda: directories[0].finish(
                 counts=_counts(job.output), names=names, command=list(job.command), extra=about
             )
@@ -173,46 +185,66 @@ def _prepare(job: Job, world: World, ids: int, progress: Progress) -> _Prepared:
     return _Prepared(trainer=trainer, shards=shards, measure=measure)
 
 
-def _run(job: Job, prepared: _Prepared, progress: Progress, *, loaded: Callable[[], None]) -> None:
+def _run(
+    job: Job,
+    prepared: _Prepared,
+    kept: Kept,
+    progress: Progress,
+    *,
+    loaded: Callable[[], None],
+    stopped: Callable[[], None],
+) -> None:
     """Do the steps that are left.
 
     Args:
         job: what to train on what.
         prepared: the model and all that takes it further.
+        kept: the run's checkpoints.
         progress: where to say what goes on.
         loaded: called in the first rank once the last checkpoint is in the model.
+        stopped: called there once the run was asked to stop and its checkpoint is written.
 
     Raises:
         ConfigError: the checkpoint is of another model, or beyond the run's last step.
         KeyboardInterrupt: asked to stop.
     """
-    trainer, options, world = prepared.trainer, job.options, prepared.trainer.world
-    with (
-        interruptible(trainer.interrupt),  # outside: the last checkpoint is being written, too
-        Checkpoints(
-            job.output / CHECKPOINTS, keep=options.keep_checkpoints, say=progress.say
-        ) as checkpoints,
-    ):
-        first = checkpoints.load(trainer.model, trainer.optimizer) or 0
-        if first > trainer.num_steps:
-            given = job.config.max_steps
-            raise ConfigError(
-                f"--resume goes on after step {first}, but "
-                + ("the run now ends" if given is None else f"--max-steps is {given}: it ends")
-                + f" after step {trainer.num_steps}; give a larger --max-steps or --epochs"
-            )
-        agreed(loaded)
-        loader = _loader(prepared.shards, job.config, options, world, first_step=first)
-        _introduce(trainer, loader, prepared.shards, progress)
-        with ExitStack() as stack:
-            recorder = None
-            if world.rank == 0:
-                recorder = stack.enter_context(_recorder(job.output, trainer, first, progress))
-            ended = run_steps(
-                trainer, loader, checkpoints, options, recorder=recorder, evaluate=prepared.measure
-            )
+    with interruptible(prepared.trainer.interrupt):  # the last checkpoint is being written, too
+        with Checkpoints(kept, say=progress.say) as checkpoints:
+            ended = _go_on(job, prepared, checkpoints, progress, loaded=loaded)
+        if not ended:
+            agreed_at_length(stopped)
     if not ended:
         raise KeyboardInterrupt
+
+
+def _go_on(
+    job: Job,
+    prepared: _Prepared,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    *,
+    loaded: Callable[[], None],
+) -> bool:
+    """Do the steps that are left; return whether the run came to its end."""
+    trainer, options, world = prepared.trainer, job.options, prepared.trainer.world
+    first = checkpoints.load(trainer.model, trainer.optimizer) or 0
+    if first > trainer.num_steps:
+        given = job.config.max_steps
+        raise ConfigError(
+            f"--resume goes on after step {first}, but "
+            + ("the run now ends" if given is None else f"--max-steps is {given}: it ends")
+            + f" after step {trainer.num_steps}; give a larger --max-steps or --epochs"
+        )
+    agreed_at_length(loaded)  # it may send a checkpoint into a store
+    loader = _loader(prepared.shards, job.config, options, world, first_step=first)
+    _introduce(trainer, loader, prepared.shards, progress)
+    with ExitStack() as stack:
+        recorder = None
+        if world.rank == 0:
+            recorder = stack.enter_context(_recorder(job.output, trainer, first, progress))
+        return run_steps(
+            trainer, loader, checkpoints, options, recorder=recorder, evaluate=prepared.measure
+        )
 
 
 def _build(job: Job, world: World, ids: int) -> WeightedModel:

@@ -1,8 +1,11 @@
 """Questions about the real runs in the shared data."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from srft_prep.critic import CriticRequest
 from srft_prep.critic.prompt import load_prompt
 from srft_prep.critic.question import QuestionSettings
 from srft_prep.readers import reader_of
@@ -16,6 +19,13 @@ def settings_of(*, max_input_tokens: int | None = 2000, **fields: object) -> Que
     """Return settings with the package's prompt; short prompts, so that a CPU answers many."""
     prompt = load_prompt(PROMPT)
     return QuestionSettings(prompt=prompt, max_input_tokens=max_input_tokens, **fields)
+
+
+def with_room(request: CriticRequest, num_tokens: int, **changes: Any) -> CriticRequest:
+    """Return a request whose answer may have so many tokens, with other changes of its question."""
+    assert request.question is not None
+    question = replace(request.question, max_output_tokens=num_tokens, **changes)
+    return replace(request, question=question)
 
 
 def real_trajectories(shared_data: Path, *, source: str = "gruckion") -> Iterator[Trajectory]:

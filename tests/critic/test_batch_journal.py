@@ -316,3 +316,36 @@ def test_a_custom_id_is_the_same_in_every_run_and_another_for_every_key() -> Non
     assert ids == [id_of(request_of(number, fate="other")) for number in range(100)]
     assert len(set(ids)) == 100
     assert all(len(each) == 40 and each.isalnum() for each in ids)
+
+
+def test_the_jobs_of_another_machines_journal_are_waited_for_and_no_request_twice(
+    tmp_path: Path,
+) -> None:
+    mine, theirs = tmp_path / "batches-judge.jsonl", tmp_path / "theirs.jsonl"
+
+    def submit(path: Path, job_id: str, ids: str) -> BatchJournal:
+        journal = BatchJournal.open(path, **OWNER)
+        journal.submitted(journal.intend(dict.fromkeys(ids, 0.5)), job_id)
+        return journal
+
+    submit(mine, "common", "ab").close()
+    theirs.write_bytes(mine.read_bytes())
+    submit(theirs, "lost", "cde").close()
+    foreign = BatchJournal.open(theirs, **{**OWNER, "critic_id": "another"})
+    foreign.submitted(foreign.intend({"f": 0.5}), "foreign")
+    foreign.close()
+    with theirs.open("ab") as file:
+        file.write(b'{"event": "int')
+    submit(mine, "new", "d").close()
+    theirs.rename(tmp_path / "batches-judge-2.jsonl")
+    for _ in range(2):  # what was taken in once is not taken in again
+        journal = BatchJournal.open(mine, **OWNER)
+        held = {job.job_id: job.ids for job in journal.jobs.values()}
+        assert held == {"common": {"a", "b"}, "new": {"d"}, "lost": {"c", "e"}}
+        assert journal.known_job_ids == {"common", "new", "lost", "foreign"}
+        journal.close()
+    journal = BatchJournal.open(mine, **OWNER)
+    for job in list(journal.jobs.values()):
+        journal.taken(job, job.ids.copy())
+    journal.close()
+    assert not BatchJournal.open(mine, **OWNER).jobs

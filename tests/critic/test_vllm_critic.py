@@ -17,7 +17,7 @@ from srft_prep.critic import CriticReply, CriticRequest
 from srft_prep.critic.vllm import VllmCritic
 from srft_prep.errors import BackendError, ConfigError
 from srft_prep.types import LABELS
-from tests.critic.real_questions import real_trajectories, settings_of
+from tests.critic.real_questions import real_trajectories, settings_of, with_room
 from tests.processes import processes_with, wait_until_gone
 from tests.tiny_models import make_tiny_model
 
@@ -112,14 +112,50 @@ def test_an_overlong_question_is_a_failure_and_nothing_else_is(
     assert len(failures) == 2
 
 
-def test_an_answer_without_room_is_unparseable(
+def test_an_answer_that_is_cut_off_is_asked_for_with_twice_the_room(
     critic: VllmCritic, requests: list[CriticRequest]
 ) -> None:
-    short = replace(requests[0], question=replace(requests[0].question, max_output_tokens=3))
-    (reply,) = critic.label([short])
+    (whole,) = critic.label(requests[:1])
+    assert whole.failure is None
+    room = whole.completion_tokens - 3
+    replies = list(critic.label([with_room(requests[0], room), *requests[1:6]]))
+    check(replies, requests[:6])
+    (reply,) = (each for each in replies if each.request.part == requests[0].part)
+    assert reply.labels == whole.labels
+    assert reply.completion_tokens == room + whole.completion_tokens
+    assert reply.prompt_tokens == 2 * whole.prompt_tokens
+    assert 0 < reply.usd == pytest.approx(reply.seconds / 1000)
+
+
+def test_an_answer_that_is_cut_off_twice_is_unparseable_and_both_are_counted(
+    critic: VllmCritic, requests: list[CriticRequest]
+) -> None:
+    (reply,) = critic.label([with_room(requests[0], 3)])
     assert reply.failure is not None
-    assert reply.failure.startswith("unparseable: cut off after 3 tokens")
-    assert reply.completion_tokens == 3
+    assert reply.failure.startswith("unparseable: cut off after 6 tokens")
+    assert reply.failure.endswith("(asked twice)")
+    assert reply.completion_tokens == 3 + 6
+
+
+def test_more_room_than_the_context_has_is_not_asked_for(
+    critic: VllmCritic, requests: list[CriticRequest]
+) -> None:
+    for spare, words in ((0, "cut off after 3 tokens"), (2, "cut off after 5 tokens")):
+        ids = (1,) * (8192 - 3 - spare)
+        (reply,) = critic.label([with_room(requests[0], 3, prompt_ids=ids)])
+        assert words in (reply.failure or "")
+        assert reply.completion_tokens == (3 + 5 if spare else 3)
+
+
+def test_a_run_of_which_every_answer_is_cut_off_twice_ends(
+    critic: VllmCritic, requests: list[CriticRequest]
+) -> None:
+    replies: list[CriticReply] = []
+    with pytest.raises(BackendError, match="only answers that were cut off, of 10 requests also"):
+        replies.extend(critic.label(with_room(request, 3) for request in requests))
+    assert len(replies) == 10
+    few = list(critic.label(with_room(request, 3) for request in requests[:9]))
+    assert len(few) == 9
 
 
 def test_no_process_outlives_a_killed_parent(model: Path, shared_data: Path) -> None:

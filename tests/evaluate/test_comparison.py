@@ -23,10 +23,18 @@ from srft_prep.evaluate.comparison import (
     differences,
     measure_spread,
     pass_at_k,
+    rates_of,
     runs_needed,
 )
-from srft_prep.evaluate.intervals import incomplete_beta, t_quantile
+from srft_prep.evaluate.intervals import (
+    generator,
+    hierarchical_means,
+    incomplete_beta,
+    t_quantile,
+)
+from srft_prep.evaluate.page import page as comparison_page
 from srft_prep.evaluate.rollouts import COLUMNS, Arm, Rollout, read_arms
+from tests.page_reader import read_page
 
 INSTANCES = [f"repo__{number}" for number in range(20)]
 
@@ -305,3 +313,49 @@ def test_an_arm_that_cannot_be_is_a_usage_error(words: list[str], says: str) -> 
     run = CliRunner().invoke(cli, ["compare", *words])
     assert run.exit_code == 2
     assert says in run.output
+
+
+def test_the_page_has_the_plots_and_the_numbers_of_the_text(study: Path, tmp_path: Path) -> None:
+    file = tmp_path / "made" / "compare.html"
+    words = arguments(study)
+    run = CliRunner().invoke(cli, [*words, "--html", str(file)], catch_exceptions=False)
+    assert run.output == CliRunner().invoke(cli, words).output
+    text = file.read_text(encoding="utf-8")
+    page = read_page(text)
+    assert page.problems() == []
+    assert page.scripts == []
+    assert [tag for tag, _ in page.elements].count("svg") == 3
+    ids = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(ids) == len(set(ids))
+    for number in ("31.7 ± 7.2", "48.8 ± 11.9", "[8.33, 28.33]", "[9.38, 26.88]", "+17.08", "78.3"):
+        assert number in run.output
+        assert number in page.text
+    assert "warning: " + "masked: 2 training runs" in run.output
+    assert "masked: 2 training runs" in page.text
+    again = CliRunner().invoke(cli, [*words, "--html", str(file)])
+    assert again.exit_code == 0
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_the_bootstrap_plot_draws_the_samples_that_the_intervals_come_from(study: Path) -> None:
+    arms = read_arms([(name, study / name) for name in ("naive", "masked")])
+    found = compare(arms, baseline="naive", samples=2000, seed=3)
+    page = read_page(comparison_page(found, arms, samples=2000, seed=3))
+    drawn = [hierarchical_means(rates_of(one), 2000, generator(3, one.name)) for one in arms]
+    interval = found.differences[0].hierarchical
+    assert np.quantile(drawn[1] - drawn[0], [0.025, 0.975]).tolist() == [
+        interval.low,
+        interval.high,
+    ]
+    for one, means in zip(arms, drawn, strict=True):
+        low, high = np.quantile(means, [0.025, 0.975])
+        assert f"{one.name}: {low:.1f} to {high:.1f}" in page.text
+
+
+def test_names_of_arms_are_text_and_one_arm_alone_makes_a_page() -> None:
+    name = "</svg><script>alert(1)</script>$x^{$\x1b\u202e"
+    arms = [arm(name, runs=1, rollouts=1, seed=1)]
+    page = read_page(comparison_page(compare(arms), arms, samples=100, seed=0))
+    assert page.problems() == []
+    assert r"</svg><script>alert(1)</script>$x^{$\x1b\u202e" in page.text
+    assert not any(char in page.text for char in "\x1b\u202e")

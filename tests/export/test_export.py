@@ -18,7 +18,10 @@ from srft_prep.config import PackConfig
 from srft_prep.errors import ConfigError, ShardError
 from srft_prep.export.packs import read_packs
 from srft_prep.export.stage import TARGETS, export
-from srft_prep.manifest import read_manifest, sha256_of
+from srft_prep.hashes import sha256_of
+from srft_prep.manifest import (
+    read_manifest,
+)
 from srft_prep.shards import pack
 from srft_prep.verification import verify
 from tests.export.shards_fixture import (

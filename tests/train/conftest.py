@@ -4,15 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from tests.stages import Examples, make_examples, srft_prep
+from tests.stages import Examples, srft_prep
 
 
-@pytest.fixture(scope="session")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
-    """The example runs, ingested, labelled and tokenized."""
-    return make_examples(tmp_path_factory.mktemp("examples"))
+@pytest.fixture(scope="module", autouse=True)
+def on_cpus_unless_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Modules that are not for a GPU compute on CPUs on every machine: numbers stay the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("gpu"):
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that tests start
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,7 @@ def _main(
         WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",  # ranks of gloo compute on CPUs, whatever is here
     )
     torch.set_num_threads(1)
     try:

@@ -44,6 +44,8 @@ class Started:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        if (gpus := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+            shared["CUDA_VISIBLE_DEVICES"] = gpus  # the server's is that of its own start
         self.output = output
         self.logs = [output.parent / f"{output.name}.rank{rank}.log" for rank in range(ranks)]
         self.ranks: list[ForkServerProcess] = []

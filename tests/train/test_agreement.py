@@ -1,9 +1,13 @@
 """What one rank finds wrong, all ranks raise."""
 
+import threading
+from datetime import timedelta
+
 import pytest
+import torch.distributed as dist
 
 from srft_prep.errors import ConfigError
-from srft_prep.train.agreement import TOLD, agreed, together
+from srft_prep.train.agreement import TOLD, agreed, agreed_at_length, together
 from srft_prep.train.parallel import started
 from tests.train.ranks import run_ranks
 
@@ -46,3 +50,33 @@ def test_without_a_failure_each_way_returns_what_it_should() -> None:
         "rank 0",
         "rank 1",
     ]
+
+
+def wait_long(seconds: float, most_seconds: float) -> str:
+    with started() as world:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=most_seconds))
+
+        def call() -> str:
+            threading.Event().wait(seconds)
+            return f"rank {world.rank}"
+
+        return agreed_at_length(call, beat=most_seconds / 20)
+
+
+def test_ranks_wait_for_the_first_one_for_longer_than_a_collective_does() -> None:
+    assert run_ranks(2, wait_long, 6.0, 3.0) == ["rank 0"] * 2
+
+
+def fail_at_length() -> str:
+    with started() as world:
+
+        def call() -> None:
+            raise ConfigError(f"rank {world.rank}")
+
+        with pytest.raises(ConfigError) as caught:
+            agreed_at_length(call)
+        return str(caught.value)
+
+
+def test_what_fails_at_length_fails_in_all_ranks() -> None:
+    assert run_ranks(2, fail_at_length) == ["rank 0"] * 2

@@ -232,23 +232,3 @@ def test_no_warning_comes_from_a_row_of_many_documents() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(batch_of([random_documents((9, 5), vocab_size=131)])).backward()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"sliding_window": 5}], ids=["full", "window"])
-@pytest.mark.parametrize("value_size", [64, 32])
-def test_the_kernel_on_a_gpu_gives_what_the_cpu_gives(
-    settings: dict[str, Any], value_size: int
-) -> None:
-    """To the rounding of bfloat16, and exactly nothing from another document."""
-    parts = random_parts(size=64, value_size=value_size)
-    expected, _ = packed_attention(LAYER, *parts, None, layout=layout_of(LENGTHS), **settings)
-    layout = layout_of(LENGTHS)
-    layout = Layout(lengths=LENGTHS, cu_seqlens=layout.cu_seqlens.cuda(), longest=layout.longest)
-    moved = [part.detach().cuda().bfloat16().requires_grad_() for part in parts]
-    output, _ = packed_attention(LAYER, *moved, None, layout=layout, **settings)
-    torch.testing.assert_close(output.cpu().double(), expected, rtol=2e-2, atol=2e-2)
-    first, end = sum(LENGTHS[:2]), sum(LENGTHS[:3])
-    for grad in torch.autograd.grad(output[:, first:end].square().sum(), moved):
-        assert not grad[:, :, :first].any()
-        assert not grad[:, :, end:].any()

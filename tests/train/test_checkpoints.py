@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from srft_prep.errors import ConfigError, ShardError
 from srft_prep.manifest import describe_file
-from srft_prep.train.checkpoints import COMPLETE, Checkpoints
+from srft_prep.train.checkpoints import COMPLETE, Checkpoints, Kept
 from srft_prep.train.model import WeightedModel, add_lora, tiny_model
 from srft_prep.train.optim import make_optimizer
 from srft_prep.train.settings import TrainConfig
@@ -59,7 +59,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 def opened(folder: Path, *, keep: int = 2) -> tuple[Checkpoints, list[str]]:
     said: list[str] = []
-    return Checkpoints(folder, keep=keep, say=said.append), said
+    return Checkpoints(Kept(folder, keep=keep), say=said.append), said
 
 
 def write(folder: Path, *steps: int, keep: int = 2) -> dict[int, list[torch.Tensor]]:
@@ -126,6 +126,32 @@ def test_training_that_goes_on_meanwhile_changes_nothing_in_a_checkpoint(tmp_pat
 def test_the_newest_stay(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_one_that_is_being_read_stays_too(tmp_path: Path) -> None:
+    write(tmp_path, 1, 2, keep=2)
+    (tmp_path / "step-00000002" / COMPLETE).unlink()
+    kept = Kept(tmp_path, keep=2)
+    with kept.newest() as step:
+        assert step == 1, "the newest that is whole"
+        for later in (3, 4):
+            (tmp_path / f"step-{later:08d}").mkdir()
+        kept.prune()
+        assert {path.name[-1] for path in tmp_path.iterdir()} == {"1", "3", "4"}
+    kept.prune()
+    assert {path.name[-1] for path in tmp_path.iterdir()} == {"3", "4"}
+
+
+def test_a_run_that_may_write_no_more_writes_no_checkpoint(tmp_path: Path) -> None:
+    def assure() -> None:
+        raise ConfigError("another run took over")
+
+    model, optimizer = made()
+    checkpoints, _ = opened(tmp_path / "folder")
+    checkpoints.kept.assure = assure
+    with checkpoints, pytest.raises(ConfigError, match="another run took over"):
+        checkpoints.save(1, model, optimizer)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_an_empty_folder_has_none(tmp_path: Path) -> None:

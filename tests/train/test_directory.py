@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from srft_prep.train.directory import CHECKPOINTS, Claim, RunDirectory
+from srft_prep.train.checkpoints import CHECKPOINTS, Kept
+from srft_prep.train.directory import Claim, RunDirectory
 from srft_prep.train.settings import TrainConfig
 
 SHARDS = {"path": "shards", "sha256": "00"}
@@ -19,9 +20,14 @@ def claim(output: Path, **settings: Any) -> Claim:
     return Claim(output=output, config=TrainConfig(**settings), inputs=[SHARDS, MODEL])
 
 
+def opened(wanted: Claim) -> RunDirectory:
+    kept = Kept(wanted.output / CHECKPOINTS, keep=2)
+    return RunDirectory(wanted, kept=kept, say=lambda line: None)
+
+
 def run(wanted: Claim, *, finish: bool = True) -> str:
     """Stand for a run: return what its checkpoint holds, all the runs that it went on from."""
-    with RunDirectory(wanted, say=lambda line: None) as directory:
+    with opened(wanted) as directory:
         checkpoint = wanted.output / CHECKPOINTS / "step-00000001" / "history"
         if not directory.finished:
             directory.begin()
@@ -89,9 +95,9 @@ def test_until_a_run_begins_the_directory_is_still_that_of_the_run_before(
     before = claim(tmp_path / "run", learning_rate=1.0)
     history = run(before, finish=finished)
     wanted = replace(claim(tmp_path / "run", learning_rate=2.0), **{how: True})
-    with RunDirectory(wanted, say=lambda line: None) as directory:
+    with opened(wanted) as directory:
         assert directory.finished is None
-    with RunDirectory(before, say=lambda line: None) as directory:
+    with opened(before) as directory:
         assert (directory.finished is not None) == finished
     assert run(before) == (history if finished else f"{history} 1.0")
 
@@ -99,6 +105,6 @@ def test_until_a_run_begins_the_directory_is_still_that_of_the_run_before(
 def test_a_new_directory_where_nothing_began_is_gone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty"):
-        with RunDirectory(claim(tmp_path / name), say=lambda line: None):
+        with opened(claim(tmp_path / name)):
             assert (tmp_path / name).exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -281,3 +282,22 @@ def test_weights_of_steps_follow_the_recipe(tmp_path: Path) -> None:
     assert found["nll/weighted"] != pytest.approx(found["nll/all"])
     weights = np.concatenate([each.weights.numpy() for each in held_out.batches()])
     assert set(weights.tolist()) == {0.0, 1.0}
+
+
+def test_of_a_gold_file_by_several_the_labels_count_that_the_shards_were_packed_by(
+    shards: Manifest,
+) -> None:
+    root = shards.path.parent
+    gold = root / "gold.jsonl"
+    with gold.open("wb") as file:
+        for row in rows_of(root / "labels", "labels.parquet"):
+            key = {"trajectory_id": row["trajectory_id"], "step_index": row["step_index"]}
+            for annotator, label in (("ada", row["label"]), ("bob", "good")):
+                line = {**key, "label": label, "annotator": annotator, "reason": "by hand"}
+                file.write(orjson.dumps(line) + b"\n")
+    config = PackConfig(**shards.data["config"])
+    by_hand = pack(root / "tokens", root / "by-hand", config, labels=gold, annotator="ada")
+    measured = evaluate(HeldOut.open(root / "tokens", gold, by_hand), pretended_nll)
+    assert measured == evaluate(opened(shards), pretended_nll)
+    again = evaluate(HeldOut.open(root / "tokens", root / "labels", by_hand), pretended_nll)
+    assert again == measured, "a label directory names nobody"

@@ -1,5 +1,7 @@
 """Metrics: lines that survive restarts, counted operations, the progress line."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from srft_prep.train.metrics import (
     train_flops,
 )
 from srft_prep.train.model import causal_lm, tiny_model
+from tests.faults.disks import small_disk
 
 CPU = torch.device("cpu")
 STEP = StepMetrics(
@@ -170,3 +173,26 @@ def test_a_folder_without_metrics_has_none(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
     (tmp_path / METRICS).write_bytes(orjson.dumps({"step": 1}))
     assert read_metrics(tmp_path) == []
+
+
+FILL_THE_DISK = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tests.train.test_metrics import STEP, recorder
+
+try:
+    with recorder(Path(sys.argv[1])) as made:
+        for step in range(1, 100_000):
+            made.record(replace(STEP, step=step))
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_one_error_and_no_traceback_of_a_thread(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 16) as disk:
+        words = [sys.executable, "-c", FILL_THE_DISK, disk]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "No space left on device\n"
+    assert done.stderr == ""

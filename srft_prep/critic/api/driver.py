@@ -25,8 +25,8 @@ from srft_prep.critic.api.preflight import answers, facts_of
 from srft_prep.critic.api.servers import Server, Servers, Stopped
 from srft_prep.critic.api.usage import Usage, judged
 from srft_prep.critic.budget import Budget
+from srft_prep.critic.cut_answers import CutAnswers
 from srft_prep.critic.pricing import Price
-from srft_prep.errors import BackendError
 
 T = TypeVar("T")
 
@@ -34,9 +34,6 @@ _LOOK_AHEAD: Final = 8
 """Requests pulled beyond what the servers take now, so that none waits for the next one."""
 _REMEMBERED_PROMPTS: Final = 4096
 """Prompts in the provider's cache that are remembered; it forgets them after minutes itself."""
-_CUT_TWICE: Final = 10
-"""Requests whose both answers were cut off, with nothing else before, that end a run: 20 answers
-paid for nothing."""
 
 
 class Api:
@@ -106,7 +103,7 @@ class Api:
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_following = 0
         self._draining = False
-        self._num_cut_twice: int | None = 0
+        self._cut_answers = CutAnswers(model)
         self._warm: OrderedDict[Any, asyncio.Future[None]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="api", daemon=True)
@@ -125,7 +122,7 @@ class Api:
             BackendError: the servers cannot be used, or not any more.
         """
         finished: SimpleQueue[_Outcome] = SimpleQueue()
-        self._num_cut_twice = 0
+        self._cut_answers = CutAnswers(self._model)
         source = iter(requests)
         more, under_way = True, 0
         error: BaseException | None = None
@@ -247,7 +244,7 @@ class Api:
         usage.add(first, question)
         made = judged(light, first, usage)
         if not first.cut or not isinstance(made, AnswerError):
-            self._num_cut_twice = None
+            self._cut_answers.note(is_twice=False)
         if not isinstance(made, AnswerError):
             return _Outcome(reply=made)
         return await self._ask_again(request, question, first, made, usage)
@@ -299,28 +296,13 @@ class Api:
         else:
             usage.add(second, question)
             made = judged(light, second, usage)
-            self._note_cut(second.cut and isinstance(made, AnswerError))
+            is_twice = second.cut and isinstance(made, AnswerError)
+            if ended := self._cut_answers.note(is_twice=is_twice):
+                self._servers.stop(ended)
             if isinstance(made, AnswerError):
                 made = usage.failure(light, Failed("unparseable", f"{made} (asked twice)"))
             reply = made
         return _Outcome(reply=reply, reserved_usd=reserved if self._budget else 0.0)
-
-    def _note_cut(self, twice: bool) -> None:
-        """End a run of which every answer so far was cut off, with twice the room, too."""
-        if not twice:
-            self._num_cut_twice = None
-        if self._num_cut_twice is None:
-            return
-        self._num_cut_twice += 1
-        if self._num_cut_twice >= _CUT_TWICE:
-            self._servers.stop(
-                BackendError(
-                    f"{self._model}: expected labels, got only answers that were cut off, of "
-                    f"{_CUT_TWICE} requests also with twice the room, so the rest were not sent "
-                    "(the model thinks before it answers, or does not stop: give --reasoning low "
-                    "or another model; what is labelled is kept)"
-                )
-            )
 
     async def _await_cache(
         self, request: CriticRequest, leading: list[asyncio.Future[None]]

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 from srft_prep.critic import FailureKind
 from srft_prep.critic.api.concurrency import wait_seconds_of
+from srft_prep.errors import in_one_line
 
 Action = Literal["wait", "retry", "leave-out", "fail", "stop"]
 
@@ -138,5 +139,5 @@ def _words_of(content: bytes) -> tuple[str, str, str]:
 
 
 def _line(text: str) -> str:
-    text = " ".join(text.split())
+    text = in_one_line(text)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} …"

@@ -5,7 +5,7 @@ in its results.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, BinaryIO
 
 import orjson
@@ -17,11 +17,10 @@ from srft_prep.critic.batch.provider import (
     QUICK_SECONDS,
     ItemResult,
     JobState,
-    ProviderTrouble,
     RecentJob,
     item_failure,
     json_lines,
-    trouble_of,
+    troubles,
 )
 from srft_prep.errors import BackendError
 
@@ -52,12 +51,15 @@ class AnthropicBatches:
             BackendError: there is no key.
         """
         anthropic = load_sdk("anthropic")
-        import httpx2
-
         self._body = body
         self._quick = min(timeout_seconds, QUICK_SECONDS)
-        self._anthropic = anthropic
-        self._broken = httpx2.HTTPError
+        self._troubles = partial(
+            troubles,
+            anthropic,
+            anthropic.AnthropicError,
+            where="Anthropic",
+            key="ANTHROPIC_API_KEY",
+        )
         # No retries of its own: what may have been accepted must not be sent again unseen.
         self._client = anthropic.Anthropic(
             base_url=base_url, timeout=timeout_seconds, max_retries=0
@@ -138,19 +140,6 @@ class AnthropicBatches:
         """Ask for a job to end with what it has."""
         with self._troubles():
             self._client.messages.batches.cancel(job_id, timeout=self._quick)
-
-    @contextmanager
-    def _troubles(self) -> Iterator[None]:
-        where, key = "Anthropic", "ANTHROPIC_API_KEY"
-        try:
-            yield
-        except self._anthropic.APIStatusError as error:
-            answer = error.response
-            raise trouble_of(
-                answer.status_code, answer.headers, answer.content, where=where, key=key
-            ) from None
-        except (self._anthropic.AnthropicError, self._broken) as error:
-            raise ProviderTrouble("unknown", str(error) or type(error).__name__) from None
 
 
 def _array(lines: BinaryIO, num_lines: int) -> Iterator[bytes]:

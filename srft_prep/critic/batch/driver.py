@@ -278,7 +278,7 @@ class _Driver:
     def _endure(self, trouble: ProviderTrouble, job: Job) -> None:
         """Bear an error of a poll or a download, as long as a job may live and an hour more."""
         now = time.monotonic()
-        age = time.time() - job.entry.intended
+        age = job.entry.age_seconds
         if trouble.kind not in ("missing", "refused"):
             self.troubled_since = self.troubled_since or now
             seconds = now - self.troubled_since
@@ -303,7 +303,7 @@ class _Driver:
             return
         assert job.entry.job_id is not None
         state = self.provider.poll(job.entry.job_id)
-        age = time.time() - job.entry.intended
+        age = job.entry.age_seconds
         if state.phase == "ended":
             job.ended = state
             self.num_refusals, self.next_submission = 0, 0.0
@@ -326,7 +326,7 @@ class _Driver:
     def _is_resolved(self, job: Job) -> bool:
         """Look for a job whose submission was cut off; one never accepted is submitted again."""
         found = find_job(job.entry, self.provider, known=self.journal.known_job_ids)
-        age = time.time() - job.entry.intended
+        age = job.entry.age_seconds
         if found == "may be running" and age < self.settings.window_seconds:
             return False
         if found in (None, "may be running"):
@@ -350,7 +350,7 @@ class _Driver:
         waiting = job.spool.requests
         assert job.ended is not None
         job.spool.close()
-        seconds = time.time() - job.entry.intended
+        seconds = job.entry.age_seconds
         for result in self._results(job):
             if request := waiting.pop(result.custom_id, None):
                 yield self._reply(request, result, seconds)

@@ -14,9 +14,14 @@ put on disk: a killed process loses none of it, and at most one result is in the
 A job without `submitted` may or may not have been accepted: only
 the provider knows. A torn last line (the process died in the middle of it) is cut off: nothing that
 comes after it had happened.
+
+Where two machines went on from one journal in a store, the other's is `batches-NAME-2.jsonl` beside
+it (`object_outputs`). Its jobs were paid for: those that the journal knows nothing of are written
+into it, each at once, with all that is said of them. What both hold is waited for in one job.
 """
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Collection, Mapping
@@ -29,6 +34,7 @@ import orjson
 
 from srft_prep.critic import CriticRequest
 from srft_prep.errors import ConfigError
+from srft_prep.storage import flush
 
 ID_BYTES: Final = 20
 """40 hexadecimal digits; both providers take 64 characters."""
@@ -56,6 +62,14 @@ class JobEntry:
     """The most that each request can cost, by its custom id, in US dollars."""
     job_id: str | None = None
     """The provider's; None where nobody knows whether it was accepted."""
+    age_when_met: float = 0.0
+    """Seconds since it was intended, when this run wrote it or found it in the journal."""
+    met: float = field(default_factory=time.monotonic)
+
+    @property
+    def age_seconds(self) -> float:
+        """How old the job is; a clock that jumps during the run makes it no older."""
+        return self.age_when_met + time.monotonic() - self.met
 
 
 @dataclass(slots=True)
@@ -73,6 +87,8 @@ class BatchJournal:
     """The open jobs by their names."""
     known_job_ids: set[str] = field(default_factory=set)
     """The provider's ids of all jobs that ever were in the file."""
+    _names: set[str] = field(default_factory=set)
+    """Of all jobs that ever were in the file."""
     _fd: int | None = None
 
     @classmethod
@@ -87,8 +103,10 @@ class BatchJournal:
             is_new = not path.exists()
             journal._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             if is_new:
-                _sync_directory(path.parent)
+                flush(path.parent)
             journal._read()
+            for other in journal._others():
+                journal._take_in(other)
         except OSError as error:
             journal.close()
             raise ConfigError(f"{path}: expected a journal of batches: {error.strerror}") from None
@@ -151,11 +169,47 @@ class BatchJournal:
         os.fsync(self._fd)
 
     def _write(self, event: str, entry: JobEntry, **fields: Any) -> None:
+        self._put(orjson.dumps({"event": event, "name": entry.name, **fields}) + b"\n")
+
+    def _put(self, line: bytes) -> None:
         assert self._fd is not None, "the journal is closed"
-        line = orjson.dumps({"event": event, "name": entry.name, **fields}) + b"\n"
         written = 0
         while written < len(line):
             written += os.write(self._fd, line[written:])
+
+    def _others(self) -> list[Path]:
+        """Return the journals of this name that other machines left, in order."""
+        named = re.compile(rf"{re.escape(self.path.stem)}(-\d+)+{re.escape(self.path.suffix)}")
+        return sorted(path for path in self.path.parent.iterdir() if named.fullmatch(path.name))
+
+    def _take_in(self, path: Path) -> None:
+        """Write the jobs of another journal into this one, but those that it has."""
+        assert self._fd is not None
+        other = type(self)(path, self.provider, self.critic_id, self.prompt_hash)
+        other._fd = os.open(path, os.O_RDWR | os.O_APPEND)
+        try:
+            other._read()
+        finally:
+            other.close()
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.strip()]
+        said = [(orjson.loads(line)["name"], line) for line in lines]
+        held = {id_ for job in self.jobs.values() for id_ in job.ids}
+        for name, entry in other.jobs.items():
+            if name in self._names:
+                continue
+            block = [line for of, line in said if of == name]
+            if twice := sorted(entry.ids & held):
+                event = "taken" if entry.ids - held else "done"
+                ids = {"ids": twice} if event == "taken" else {}
+                block.append(orjson.dumps({"event": event, "name": name, **ids}) + b"\n")
+                entry.ids.difference_update(held)
+            self._put(b"".join(block))
+            os.fsync(self._fd)
+            self._names.add(name)
+            if entry.ids:
+                self.jobs[name] = entry
+                held |= entry.ids
+        self.known_job_ids |= other.known_job_ids
 
     def _read(self) -> None:
         assert self._fd is not None
@@ -180,6 +234,7 @@ class BatchJournal:
     def _replay(self, line: dict[str, Any], others: set[str]) -> None:
         event, name = line["event"], line["name"]
         owner = (self.provider, self.critic_id, self.prompt_hash)
+        self._names.add(name)
         if event == "intent":
             if (line["provider"], line["critic_id"], line["prompt_hash"]) != owner:
                 others.add(name)
@@ -193,6 +248,7 @@ class BatchJournal:
                 ids=ids,
                 num_requests=len(ids),
                 reserve_usd=dict(zip(line["ids"], sums, strict=True)),
+                age_when_met=max(0.0, time.time() - line["intended"]),
             )
         elif event == "submitted":
             self.known_job_ids.add(line["job_id"])
@@ -205,11 +261,3 @@ class BatchJournal:
                 self.jobs[name].ids.difference_update(line["ids"])
             else:
                 del self.jobs[name]
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

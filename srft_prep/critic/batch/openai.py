@@ -5,7 +5,7 @@ again among the account's jobs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, BinaryIO, Final
 
 import orjson
@@ -21,7 +21,7 @@ from srft_prep.critic.batch.provider import (
     RecentJob,
     item_failure,
     json_lines,
-    trouble_of,
+    troubles,
 )
 from srft_prep.errors import BackendError
 
@@ -62,12 +62,11 @@ class OpenAIBatches:
             BackendError: there is no key.
         """
         openai = load_sdk("openai")
-        import httpx2
-
         self._body = body
         self._quick = min(timeout_seconds, QUICK_SECONDS)
-        self._openai = openai
-        self._broken = httpx2.HTTPError
+        self._troubles = partial(
+            troubles, openai, openai.OpenAIError, where="OpenAI", key="OPENAI_API_KEY"
+        )
         try:
             # No retries of its own: what may have been accepted must not be sent again unseen.
             self._client = openai.OpenAI(base_url=base_url, timeout=timeout_seconds, max_retries=0)
@@ -162,19 +161,6 @@ class OpenAIBatches:
             self._client.files.with_streaming_response.content(file_id) as response,
         ):
             yield from json_lines(response.iter_bytes())
-
-    @contextmanager
-    def _troubles(self) -> Iterator[None]:
-        where, key = "OpenAI", "OPENAI_API_KEY"
-        try:
-            yield
-        except self._openai.APIStatusError as error:
-            answer = error.response
-            raise trouble_of(
-                answer.status_code, answer.headers, answer.content, where=where, key=key
-            ) from None
-        except (self._openai.OpenAIError, self._broken) as error:
-            raise ProviderTrouble("unknown", str(error) or type(error).__name__) from None
 
 
 def _item(entry: Mapping[str, Any]) -> ItemResult:

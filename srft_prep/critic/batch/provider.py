@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Literal, Protocol
 
@@ -169,27 +170,43 @@ def json_lines(chunks: Iterator[bytes]) -> Iterator[Any]:
         raise ProviderTrouble("unknown", f"the results are cut off or damaged: {error}") from None
 
 
-def trouble_of(
-    status: int, headers: Mapping[str, str], content: bytes, *, where: str, key: str
-) -> ProviderTrouble | BackendError:
-    """Return the exception that an error status means for a call.
+@contextmanager
+def troubles(sdk: Any, unanswered: type[Exception], *, where: str, key: str) -> Iterator[None]:
+    """Raise what a call by an official client raises in the block as ProviderTrouble.
+
+    Args:
+        sdk: the client's package.
+        unanswered: its base of all errors: those without an HTTP status are no answer.
+        where: the provider, for errors.
+        key: name of the environment variable that holds the API key.
+
+    Raises:
+        ProviderTrouble: the call came to nothing.
+        BackendError: nothing can be done at all.
+    """
+    import httpx2
+
+    try:
+        yield
+    except sdk.APIStatusError as error:
+        raise _trouble_of(error.response, where=where, key=key) from None
+    except (unanswered, httpx2.HTTPError) as error:
+        raise ProviderTrouble("unknown", str(error) or type(error).__name__) from None
+
+
+def _trouble_of(answer: Any, *, where: str, key: str) -> ProviderTrouble | BackendError:
+    """Return the exception that an answer with an error status means for a call.
 
     BackendError where nothing can be done at all; where the key is not taken, without the
     provider's words, for they may quote it.
-
-    Args:
-        status: of the response.
-        headers: of the response, with lower-case names.
-        content: its body.
-        where: the provider, for errors.
-        key: name of the environment variable that holds the API key.
     """
+    status = answer.status_code
     if status in (401, 403):
         return BackendError(
             f"{where}: expected an API key that may use batches, the provider refuses it "
             f"(HTTP {status}): set {key}"
         )
-    problem = problem_of(status, headers, content, options={})
+    problem = problem_of(status, answer.headers, answer.content, options={})
     if status in (404, 405):
         return ProviderTrouble("missing", problem.reason)
     if problem.action == "stop":

@@ -17,12 +17,11 @@ from typing import Any, Final
 
 from srft_prep.critic.encoding import ChatEncoder
 from srft_prep.critic.question import Planner, QuestionSettings
-from srft_prep.errors import ConfigError
+from srft_prep.errors import ConfigError, in_one_line
+from srft_prep.hub import hub_problem
 
 LONGEST_CONTEXT_TOKENS: Final = 131_072
 """A context that no trajectory needs more than; memory for a longer one would be wasted."""
-HUB_SECONDS: Final = 5.0
-"""How long the hub may take to say whether it has a model."""
 
 _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _HEAD_BYTES: Final = 1 << 16
@@ -121,31 +120,25 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, str]:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
+    wanted = f"--model {model}: expected a model's folder or a hub id, got no"
     try:
         found = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
-        if isinstance(found, str):
-            return Path(found), Path(found).parent.name
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise ConfigError(
-                f"--model {model}: expected a model's folder or a hub id, got no such folder and "
-                "nothing in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub"
-            )
-        url = huggingface_hub.hf_hub_url(model, "config.json", revision=revision)
-        metadata = huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS)
-        path = huggingface_hub.hf_hub_download(model, "config.json", revision=metadata.commit_hash)
+        if not isinstance(found, str):
+            if problem := hub_problem():
+                raise ConfigError(
+                    f"{wanted} such folder, nothing in the hub's cache, and {problem}"
+                )
+            found = huggingface_hub.hf_hub_download(model, "config.json", revision=revision)
     except ConfigError:
         raise
     except HFValidationError:
-        raise ConfigError(
-            f"--model {model}: expected a model's folder or a hub id, got no folder"
-        ) from None
+        raise ConfigError(f"{wanted} folder") from None
     except Exception as error:  # noqa: BLE001 - whatever the transport of the hub's client raises
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, limit=200)
         raise ConfigError(
-            f"--model {model}: expected a model's folder or a hub id, got no such folder, nothing "
-            f"in the hub's cache, and from the hub: {reason}"
+            f"{wanted} such folder, nothing in the hub's cache, and from the hub: {reason}"
         ) from None
-    return Path(path), Path(path).parent.name
+    return Path(found), Path(found).parent.name
 
 
 def _text_config(path: Path) -> Mapping[str, Any]:

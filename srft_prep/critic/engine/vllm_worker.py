@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from srft_prep.critic.engine.frames import Channel, frame_of
 from srft_prep.critic.engine.guardian import continue_under_guard
 from srft_prep.critic.engine.label_tokens import label_token_ids, pieces_of
+from srft_prep.errors import in_one_line
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -45,7 +46,9 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        channel.send(frame_of({"ends": f"{type(error).__name__}: {_line(error)}"}))
+        channel.send(
+            frame_of({"ends": f"{type(error).__name__}: {in_one_line(error, limit=1000)}"})
+        )
         status = 1
     while channel.unsent_bytes and channel.is_open:
         select.select([], [channel], [])
@@ -141,7 +144,7 @@ class Engine:
                 ),
             )
         except (ValueError, VLLMClientError) as error:
-            return {"id": message["id"], "rejected": _line(error)}
+            return {"id": message["id"], "rejected": in_one_line(error, limit=1000)}
         self._in_flight[name] = len(ids)
         self._num_tokens += len(ids)
         self._unpaid_seconds += time.perf_counter() - started
@@ -248,10 +251,6 @@ def _reasoner(config: Any, tokenizer: Any) -> Any:
     from vllm.reasoning import ReasoningParserManager
 
     return ReasoningParserManager.get_reasoning_parser(name)(tokenizer)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:1000]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Workers and actors of a Ray cluster that are killed in the midst: the local engine's bytes."""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from srft_prep.errors import BackendError
+from srft_prep.ray_cluster import RayCluster
+from tests.faults.commands import Command, after, started
+from tests.faults.runs import Runs, assert_same, ledger_keys, more_progress
+from tests.processes import processes_with
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds Ray's processes in /proc"),
+]
+
+SECONDS = 300.0
+STARTS = 3
+"""Ray gives its own processes 30 seconds to start, which a loaded machine may not keep."""
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The address of a cluster of two cores."""
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_TOKEN", os.urandom(32).hex())
+        for start in range(STARTS):
+            try:
+                cluster = stack.enter_context(RayCluster(num_cpus=2))
+                break
+            except BackendError as error:
+                if start == STARTS - 1 or "timed out during startup" not in str(error):
+                    raise
+        yield cluster.ray.get_runtime_context().gcs_address
+
+
+def processes_of(kind: str) -> list[int]:
+    """Return the processes of the cluster that run a class of actors."""
+    found = []
+    for number in processes_with(f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}"):
+        with suppress(OSError):  # it may die meanwhile
+            if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
+                found.append(number)
+    return found
+
+
+def kill_one(kind: str, run: Command, rng: random.Random) -> None:
+    """Kill one of a command's two workers with SIGKILL, once both are there."""
+    assert run.wait_until(lambda: len(processes_of(kind)) == 2, SECONDS), run.said
+    run.wait_until(after(rng.uniform(0, 0.3)), SECONDS)
+    victims = processes_of(kind)
+    assert run.is_alive, "the command was faster than the kill"
+    os.kill(rng.choice(victims), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("tokenize", "_Worker"), ("label", "CriticActor")])
+def test_a_run_whose_worker_in_a_cluster_is_killed_ends_with_the_local_bytes(
+    stage: str, kind: str, runs: Runs, address: str, tmp_path: Path, rng: random.Random
+) -> None:
+    output = tmp_path / "out"
+    words = [word for word in runs.command(stage, output) if word not in ("--workers", "1")]
+    words += ["--engine", "ray", "--ray-address", address, "--workers", 2]
+    environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    with started(words, tmp_path / "log", environment=environment) as run:
+        if rng.random() < 0.5:  # in the midst of its work, or when it begins
+            assert run.wait_until(more_progress(output), SECONDS), run.said
+        kill_one(kind, run, rng)
+        assert run.wait(SECONDS) == 0, run.said
+        assert "Traceback" not in run.said
+    assert_same(output, runs.expected(stage))
+    if stage == "label":
+        assert set(Counter(ledger_keys(output)).values()) == {1}, "something was written twice"
+    until = time.monotonic() + 60
+    while left := processes_of(kind):
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
