@@ -34,6 +34,7 @@ from srft_prep.manifest import read_manifest
 from srft_prep.schemas import LABELS, REQUESTS
 from srft_prep.storage import StageWriter, write_table
 from srft_prep.trajectories import read_trajectories, trajectories_table
+from srft_prep.types import LABELS as NAMES
 from srft_prep.types import Message, Trajectory
 
 if TYPE_CHECKING:
@@ -154,18 +155,21 @@ def timed_ms(page: "Page", act: str, until: str) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(page: "Page", address: str, plain: str, visits: int) -> dict[str, list[float]]:
+def measure(
+    page: "Page", address: str, plain: str, *, count: int, visits: int
+) -> dict[str, list[float]]:
     """Return the times of everything that a user waits for, in milliseconds."""
     found: dict[str, list[float]] = {}
     for visit in range(visits + 1):  # the first visit warms both up
         times = {"plain": shown_ms(page, plain), "list": shown_ms(page, address)}
-        times["last page of the list"] = timed_ms(page, "End", '[aria-selected="true"] .id')
+        times["last page of the list"] = timed_ms(page, "End", f"#row-{count - 1} .id")
         page.keyboard.press("Home")
         times["open a trajectory"] = timed_ms(page, "Enter", "article.current")
         times["next trajectory"] = timed_ms(page, "J", ".about h2:not(:text('000000'))")
         page.keyboard.press("j")
-        pressed = "article.current [aria-pressed=true]"
-        times["label a step"] = timed_ms(page, str(visit % 3 + 1), pressed)
+        key = visit % 3  # another label than the visit before gave this step
+        pressed = f"article.current .{NAMES[key]}[aria-pressed=true]"
+        times["label a step"] = timed_ms(page, str(key + 1), pressed)
         for name, value in times.items():
             if visit:
                 found.setdefault(name, []).append(value)
@@ -203,7 +207,7 @@ def main(count: int, steps: int, visits: int) -> None:
                 page = browser.new_page(viewport={"width": 1280, "height": 800})
                 page.add_init_script(WHEN_SHOWN)
                 plain = f"http://127.0.0.1:{ceiling.server_address[1]}/"
-                found = measure(page, address, plain, visits)
+                found = measure(page, address, plain, count=count, visits=visits)
                 version = browser.version
                 browser.close()
             status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")

@@ -52,4 +52,4 @@ class ReviewServer:
         if not self.process.stdout.closed:
             self.said += self.process.stdout.read()
             self.process.stdout.close()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=120)

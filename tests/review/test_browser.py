@@ -86,16 +86,14 @@ def test_thirty_steps_are_labelled_by_keys_alone_and_a_reload_resumes(
         visit.open(server)
         visit.press("/", *"run-", "Enter")
         keys = list(islice(cycle("1232131"), 30))
-        for key in keys:
-            visit.press(key, "n")
+        visit.press(*(each for key in keys for each in (key, "n")))
         visit.page.get_by_text("30 of").wait_for()
         labels = list(read_gold([gold]).labels.items())
         expected = [(f"run-{run}", step) for run in "abc" for step in range(12)][:30]
         assert labels == [
             (key, LABELS[int(pressed) - 1]) for key, pressed in zip(expected, keys, strict=True)
         ]
-        visit.page.reload()
-        visit.page.locator("article.current").wait_for()
+        visit.reload()
         assert visit.page.locator(".about h2").inner_text() == "run-c"
         assert visit.current_step() == "Step 6"
         assert (
@@ -114,8 +112,7 @@ def test_undo_takes_back_label_after_label_across_trajectories(
         visit.press("1", "3", "J", "2")
         visit.page.locator("#step-0 [aria-pressed=true]").wait_for()
         assert read_gold([gold]).labels == {("run-a", 3): "harmful", ("run-b", 0): "unnecessary"}
-        visit.page.reload()
-        visit.page.locator("article.current").wait_for()
+        visit.reload()
         visit.press("u", "u")
         visit.page.locator(".about h2", has_text="run-a").wait_for()
         assert visit.current_step() == "Step 3"
@@ -136,15 +133,14 @@ def test_a_killed_server_has_every_label_that_the_page_showed_as_saved(
         visit.page.locator("#step-6 [aria-pressed=true]").wait_for()
         server.stop(signal.SIGKILL)
         assert len(read_gold([gold]).labels) == 7
-        visit.press("j", "3")
+        with visit.losing_the_server():
+            visit.press("j", "3")
         visit.page.get_by_text("The server does not answer").wait_for()
         assert visit.page.locator("#step-7 [aria-pressed=true]").count() == 0
     with ReviewServer(data[0], *options) as server:
         visit.open(server, "#t=0")
         assert visit.current_step() == "Step 7"
         assert visit.page.locator("[aria-pressed=true]").count() == 7
-    assert all("ERR_CONNECTION_REFUSED" in problem for problem in visit.problems)
-    visit.problems.clear()
 
 
 def test_hostile_text_is_shown_as_text_and_does_nothing(server: ReviewServer, visit: Visit) -> None:
@@ -155,8 +151,8 @@ def test_hostile_text_is_shown_as_text_and_does_nothing(server: ReviewServer, vi
     visit.page.locator("article.current").wait_for()
     assert visit.page.locator(".about h2").inner_text() == shown_id
     visit.press("1", "o")
-    text = visit.page.locator("main").inner_text()
     visit.page.locator(".rationale").wait_for()
+    text = visit.page.locator("main").inner_text()
     for shown in (
         f"task {SCRIPT}",
         f"thought {LINK}",
@@ -198,29 +194,30 @@ def test_a_line_of_two_megabytes_is_cut_and_can_be_had_whole(
 
 
 def test_a_blind_page_is_sent_no_label_of_a_step_before_the_annotators_own(
-    server: ReviewServer, visit: Visit
+    data: tuple[Path, Path], tmp_path: Path, visit: Visit
 ) -> None:
-    visit.open(server)
-    visit.open(server, "#view=disagreements")
-    visit.open(server, "#view=agreement")
-    visit.open(server, "#t=1")
-    said = visit.page.locator("#step-0 .others")
-    assert "hidden until you label it" in said.inner_text()
-    assert SECRET not in "".join(visit.answers)
-    assert '"label":"harmful"' not in "".join(visit.answers)
-    visit.press("1")
-    visit.page.get_by_text(f"{SECRET} 0").wait_for()
-    assert "rules: harmful, weight 0" in said.inner_text()
-    answers = visit.answers_with(f"{SECRET} 0")
-    assert f"{SECRET} 0" in answers
-    assert f"{SECRET} 1" not in answers
-    visit.press("Escape", "d")
-    visit.page.locator("article.current").wait_for()
-    assert visit.current_step() == "Step 0"
-    visit.open(server, "#view=agreement")
-    cells = visit.page.locator("#pairs tbody tr:first-child > *").all_inner_texts()
-    assert cells[0] == "ada and critic rules"
-    assert cells[2:] == ["0.0%", "0.000"]
+    options = ("--labels", f"rules={data[1]}", "--annotator", "ada")
+    with ReviewServer(data[0], *options, "--gold", tmp_path / "gold.jsonl") as server:
+        visit.open(server)
+        visit.open(server, "#view=disagreements")
+        visit.open(server, "#view=agreement")
+        visit.open(server, "#t=1")
+        said = visit.page.locator("#step-0 .others")
+        assert "hidden until you label it" in said.inner_text()
+        assert '"trajectory_id":"run-b"' in visit.answers()
+        assert SECRET not in visit.answers()
+        assert '"label":"harmful"' not in visit.answers()
+        visit.press("1")
+        visit.page.get_by_text(f"{SECRET} 0").wait_for()
+        assert "rules: harmful, weight 0" in said.inner_text()
+        assert f"{SECRET} 0" in visit.answers()
+        assert f"{SECRET} 1" not in visit.answers()
+        visit.press("Escape", "d")
+        assert visit.page.locator(".about h2").inner_text() == "run-b"
+        assert visit.current_step() == "Step 0"
+        visit.open(server, "#view=agreement")
+        cells = visit.page.locator("#pairs tbody tr:first-child > *").all_inner_texts()
+        assert cells == ["ada and critic rules", "1", "0.0%", "0.000"]
 
 
 def test_the_list_holds_the_rows_in_sight_alone_and_its_filters_narrow_it(
@@ -238,72 +235,14 @@ def test_the_list_holds_the_rows_in_sight_alone_and_its_filters_narrow_it(
     visit.page.locator("#filter-state").select_option("unlabelled")
     visit.press("Escape", "/", *"filler-1", "Escape")
     visit.page.get_by_text("100 trajectories").wait_for()
-    visit.page.reload()
+    visit.reload()
     visit.page.get_by_text("100 trajectories").wait_for()
 
 
-DELAYED = """
-const ask = window.fetch;
-window.fetch = async (address, options) => {
-  const answer = await ask(address, options);
-  const isSlow = /search=run-|[/]text[?]|offset=200/.test(address);
-  if (isSlow) await new Promise((resolve) => setTimeout(resolve, 600));
-  return answer;
-};
-"""
-TWICE = "element => { element.click(); setTimeout(() => element.click(), 50); }"
-
-
-def test_an_answer_to_an_earlier_filter_is_dropped(server: ReviewServer, visit: Visit) -> None:
-    visit.page.add_init_script(DELAYED)
-    visit.open(server)
-    search = visit.page.locator("#filter-search")
-    with visit.page.expect_request(lambda request: "search=run-" in request.url):
-        search.fill("run-")
-    with visit.page.expect_response(lambda answer: "search=run-" in answer.url):
-        search.fill("filler-0")
-        visit.page.get_by_text("100 trajectories").wait_for()
-    visit.page.wait_for_timeout(1_000)
-    assert visit.page.locator("form.filters output").inner_text() == "100 trajectories"
-    assert visit.page.locator("#row-0 .id").inner_text() == "filler-000"
-
-
-def test_more_of_a_text_or_a_table_asked_for_twice_is_shown_once(
-    data: tuple[Path, Path], tmp_path: Path, visit: Visit
-) -> None:
-    gold = tmp_path / "gold.jsonl"
-    rows = [
-        {"trajectory_id": run.trajectory_id, "step_index": 0, "label": label, "annotator": name}
-        for run in MANY
-        for name, label in (("ada", "good"), ("bob", "harmful"))
-    ]
-    gold.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    visit.page.add_init_script(DELAYED)
-    with ReviewServer(data[0], "--read-only", "--gold", gold) as server:
-        visit.open(server, "#t=3&s=1")
-        visit.press("o")
-        long = visit.page.locator("#step-1 .observation pre")
-        more = visit.page.locator("#step-1 .observation").get_by_role("button", name="Show more")
-        more.evaluate(TWICE)
-        visit.page.wait_for_timeout(2_000)
-        text = long.evaluate("element => element.textContent")
-        assert text == LONG[: len(text)]
-        assert f"{len(text):,} of" in visit.page.locator("#step-1 .more").inner_text()
-        visit.page.locator("#tab-disagreements").click()
-        visit.page.locator("h2", has_text="Disagreements").wait_for()
-        more = visit.page.get_by_role("button", name="Show more")
-        more.evaluate(TWICE)
-        more.wait_for(state="hidden")
-        visit.page.wait_for_timeout(1_000)
-        shown = visit.page.locator("tbody td.id").all_inner_texts()
-        assert shown == [run.trajectory_id for run in MANY]
-        visit.page.reload()
-        more.wait_for()
-        server.stop(signal.SIGKILL)
-        more.click()
-        visit.page.get_by_text("The server does not answer").wait_for()
-    assert all("ERR_CONNECTION_REFUSED" in problem for problem in visit.problems)
-    visit.problems.clear()
+def test_keys_act_after_going_to_the_list_that_is_shown(server: ReviewServer, visit: Visit) -> None:
+    visit.open(server, "#t=0")
+    visit.press("Escape", "g", "g", "j", "Enter")
+    assert visit.page.locator(".about h2").inner_text() == "run-b"
 
 
 def test_the_list_says_what_its_counts_are_of(server: ReviewServer, visit: Visit) -> None:
@@ -342,14 +281,17 @@ def test_the_keyboard_reaches_everything_in_order_and_the_focus_can_be_seen(
     assert visit.page.evaluate(here) == "step-0"
     visit.press("Tab")
     assert "label-button good" in visit.page.evaluate(here)
+    help_dialog = visit.page.get_by_role("dialog", name="Keys")
     visit.press("?")
-    assert visit.page.get_by_role("dialog", name="Keys").is_visible()
+    assert help_dialog.is_visible()
     assert visit.page.evaluate("document.activeElement.closest('dialog') !== null")
     visit.press("Escape")
-    assert not visit.page.get_by_role("dialog", name="Keys").is_visible()
+    help_dialog.wait_for(state="hidden")
     assert "label-button good" in visit.page.evaluate(here)
-    visit.press("?", "Enter")
-    assert not visit.page.get_by_role("dialog", name="Keys").is_visible()
+    visit.press("?")
+    assert help_dialog.is_visible()
+    visit.press("Enter")
+    help_dialog.wait_for(state="hidden")
 
 
 CONTRAST = """
@@ -376,23 +318,29 @@ CONTRAST = """
     });
 }
 """
+COLOURS_ARE_STILL = "() => document.getAnimations().length === 0"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_is_readable_in_light_and_dark(
-    server: ReviewServer, browser: "Browser", scheme: str
+    data: tuple[Path, Path], tmp_path: Path, browser: "Browser", scheme: str
 ) -> None:
     context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 800})
     visit = Visit(context.new_page())
-    visit.open(server, "#t=2")
-    visit.press("1", "j", "2", "j", "3", "o")
-    visit.page.locator("#step-2 [aria-pressed=true]").wait_for()
-    measured = visit.page.evaluate(CONTRAST)
-    visit.open(server)
-    measured += visit.page.evaluate(CONTRAST)
-    background = "getComputedStyle(document.documentElement).backgroundColor"
-    is_dark = visit.page.evaluate(f"{background}.match(/\\d+/g)[0] < 128")
-    context.close()
+    options = ("--labels", f"rules={data[1]}", "--annotator", "ada")
+    with ReviewServer(data[0], *options, "--gold", tmp_path / "gold.jsonl") as server:
+        visit.open(server, "#t=2")
+        visit.press("1", "j", "2", "j", "3", "o")
+        visit.page.locator("#step-2 [aria-pressed=true]").wait_for()
+        visit.page.locator("#step-2 .observation pre").wait_for()
+        visit.page.wait_for_function(COLOURS_ARE_STILL)
+        measured = visit.page.evaluate(CONTRAST)
+        visit.open(server)
+        visit.page.wait_for_function(COLOURS_ARE_STILL)
+        measured += visit.page.evaluate(CONTRAST)
+        background = "getComputedStyle(document.documentElement).backgroundColor"
+        is_dark = visit.page.evaluate(f"{background}.match(/\\d+/g)[0] < 128")
+        context.close()
     assert is_dark == (scheme == "dark")
     assert len(measured) > 100
     assert [each for each in measured if each["contrast"] < 4.5] == []
@@ -413,5 +361,5 @@ def test_a_reading_page_shows_all_labels_and_takes_none(
         visit.press("3")
         visit.page.get_by_role("alert").get_by_text("This page is for reading").wait_for()
         visit.press("d")
-        visit.page.locator("#step-1.current").wait_for()
+        assert visit.current_step() == "Step 1"
     assert len(gold.read_text().splitlines()) == 1

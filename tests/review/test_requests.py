@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -37,7 +38,7 @@ def server(trajectories: Path) -> Iterator[ReviewServer]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with httpx.Client(timeout=20) as opened:
+    with httpx.Client(timeout=120) as opened:
         yield opened
 
 
@@ -209,10 +210,11 @@ def test_a_label_that_cannot_be_written_is_not_called_saved(
 
 def test_ctrl_c_ends_it_with_the_command_that_measures(trajectories: Path, tmp_path: Path) -> None:
     gold = tmp_path / "gold.jsonl"
-    server = ReviewServer(trajectories, "--annotator", "ada", "--gold", gold)
-    answer = httpx.post(f"{server.address}api/labels", headers=given(server), json=LABEL)
-    assert answer.json()["progress"]["labelled_steps"] == 1
-    assert server.stop(signal.SIGINT) == 0
+    with ReviewServer(trajectories, "--annotator", "ada", "--gold", gold) as server:
+        address, headers = f"{server.address}api/labels", given(server)
+        answer = httpx.post(address, headers=headers, json=LABEL, timeout=120)
+        assert answer.json()["progress"]["labelled_steps"] == 1
+        assert server.stop(signal.SIGINT) == 0
     assert "1 steps labelled by ada" in server.said
     assert f"srft-prep critic-eval --labels DIR --gold {gold}" in server.said
     assert read_gold([gold]).labels == {("run-1", 1): "harmful"}
@@ -220,10 +222,15 @@ def test_ctrl_c_ends_it_with_the_command_that_measures(trajectories: Path, tmp_p
 
 def test_only_the_loopback_address_is_listened_on(server: ReviewServer) -> None:
     port = int(server.origin.rsplit(":", 1)[1])
+    opened = set()
+    for each in Path(f"/proc/{server.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a connection that ends meanwhile
+            opened.add(str(each.readlink()))
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     lines += Path("/proc/net/tcp6").read_text().splitlines()[1:]
-    listening = [line.split()[1] for line in lines if line.split()[3] == "0A"]
-    assert [each for each in listening if each.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
+    rows = [line.split() for line in lines]
+    listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in opened]
+    assert listening == [f"0100007F:{port:04X}"]
 
 
 def test_usage_errors_say_what_to_do(trajectories: Path, tmp_path: Path) -> None:

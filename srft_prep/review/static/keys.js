@@ -20,6 +20,12 @@ let currentView = "";
 let turn = Promise.resolve();
 let pending = 0;
 
+/** Counts the keys that have not acted to their end; the page says whether there are any. */
+function count(change) {
+  pending += change;
+  byId("main").toggleAttribute("data-has-keys", pending > 0);
+}
+
 /** Says which view's keys work now, and shows them at the foot. */
 export function useKeys(view) {
   currentView = view;
@@ -71,7 +77,7 @@ export function listen() {
     const mayBeBound = pending ? bindings.some((each) => each.keys.includes(event.key)) : binding();
     if (!mayBeBound) return;
     event.preventDefault();
-    pending += 1;
-    turn = turn.then(() => binding()?.run(event)).catch((error) => complain(error.message)).finally(() => { pending -= 1; });
+    count(1);
+    turn = turn.then(() => binding()?.run(event)).catch((error) => complain(error.message)).finally(() => count(-1));
   });
 }

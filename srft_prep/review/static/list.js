@@ -42,20 +42,30 @@ export class ListView {
   }
 
   constructor() {
+    /** Each page that was asked for: `rows`, empty until they come, and `isWanted`, which tells when. */
     this.pages = new Map();
     this.total = 0;
     this.chosen = 0;
+    /** Kept when the rows are those of the filter. */
+    this.filtered = Promise.resolve();
   }
 
-  /** Fetches a page of rows; returns false where another filter was chosen before they came. */
-  async load(page) {
+  /** Fetches a page of rows, once; returns false where another filter was chosen before they came. */
+  load(page) {
+    if (!this.pages.has(page)) {
+      const entry = { rows: [] };
+      this.pages.set(page, entry);
+      entry.isWanted = this.fill(entry, page);
+    }
+    return this.pages.get(page).isWanted;
+  }
+
+  async fill(entry, page) {
     const { pages } = this;
-    if (pages.has(page)) return true;
-    pages.set(page, null);
     try {
       const found = await ask("trajectories", { ...state.filter, offset: page * PAGE, limit: PAGE });
       if (pages !== this.pages) return false;
-      pages.set(page, found.rows);
+      entry.rows = found.rows;
       this.total = found.total;
       return true;
     } catch (error) {
@@ -115,9 +125,13 @@ export class ListView {
   }
 
   /** Takes the filter's new values: a new list, the same form. */
-  async refilter() {
+  refilter() {
     clearTimeout(this.typing);
     this.typing = null;
+    this.filtered = this.takeFilter();
+  }
+
+  async takeFilter() {
     for (const name of FILTERS) {
       const { value } = this.filterForm.querySelector(`#filter-${name}`);
       if (value) state.filter[name] = value;
@@ -154,8 +168,7 @@ export class ListView {
     const drawn = [];
     for (let index = first; index < last; index += 1) {
       const page = this.pages.get(Math.floor(index / PAGE));
-      const row = page?.[index % PAGE];
-      drawn.push(this.rowOf(index, row));
+      drawn.push(this.rowOf(index, page?.rows[index % PAGE]));
       if (page === undefined) this.fetch(Math.floor(index / PAGE));
     }
     this.rows.style.height = `${this.total * ROW_HEIGHT}px`;
@@ -197,9 +210,16 @@ export class ListView {
     return element;
   }
 
-  /** Opens a row's trajectory. */
-  openRow(index) {
-    const row = this.pages.get(Math.floor(index / PAGE))?.[index % PAGE];
+  /** Goes back to the rows; they are those of the filter when `filtered` is kept. */
+  goToRows() {
+    if (this.typing) this.refilter();
+    this.grid.focus();
+  }
+
+  /** Opens a row's trajectory, once the row is here. */
+  async openRow(index) {
+    const page = Math.floor(index / PAGE);
+    const row = (await this.load(page)) && this.pages.get(page)?.rows[index % PAGE];
     if (!row) return undefined;
     state.place = index;
     return go({ t: row.row });
@@ -211,20 +231,21 @@ function shortened(id) {
   return id.length <= LONGEST_ID ? id : `${id.slice(0, LONGEST_ID / 2 - 4)}…${id.slice(-LONGEST_ID / 2 - 4)}`;
 }
 
-const step = (by) => () => current.choose(current.chosen + by);
+const choosing = (place) => async () => {
+  await current.filtered;
+  current.choose(place());
+};
+const step = (by) => choosing(() => current.chosen + by);
 bind(["j", "ArrowDown"], { view: "list", help: "next row", hint: "row", run: step(1) });
 bind(["k", "ArrowUp"], { view: "list", help: "row before", run: step(-1) });
 bind(["PageDown"], { view: "list", help: "a page down", run: step(20) });
 bind(["PageUp"], { view: "list", help: "a page up", run: step(-20) });
-bind(["Home"], { view: "list", help: "first row", run: () => current.choose(0) });
-bind(["End"], { view: "list", help: "last row", run: () => current.choose(current.total - 1) });
+bind(["Home"], { view: "list", help: "first row", run: choosing(() => 0) });
+bind(["End"], { view: "list", help: "last row", run: choosing(() => current.total - 1) });
 bind(["Enter", "o"], { view: "list", help: "open the trajectory", hint: "open", run: async () => {
-  if (current.typing) await current.refilter();
-  current.grid.focus();
+  current.goToRows();
+  await current.filtered;
   return current.openRow(current.chosen);
 } });
 bind(["/"], { view: "list", help: "search", hint: "search", run: () => current.search.focus() });
-bind(["Escape"], { view: "list", help: "back to the rows", run: async () => {
-  if (current.typing) await current.refilter();
-  current.grid.focus();
-} });
+bind(["Escape"], { view: "list", help: "back to the rows", run: () => current.goToRows() });

@@ -31,7 +31,7 @@ const waiting = [];
 /** Goes to an address of this page; what is returned is kept when its view is shown. */
 export function go(more = {}) {
   const target = address(more);
-  if (location.hash === target) return Promise.resolve();
+  if (location.hash === (target === "#" ? "" : target)) return Promise.resolve(); // no change would be told
   return new Promise((resolve) => {
     waiting.push(resolve);
     location.hash = target;
