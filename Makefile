@@ -160,11 +160,14 @@ endif
 
 # Processes that share the tests; each takes up to 2 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
+# Many tests start real processes, servers and a browser on whatever machine there is: up to three
+# that failed run once more, and the summary shows both (RERUNS=: none does, as in make test-faults).
+RERUNS ?= --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 
 .PHONY: test
 test: setup  ## Set up and run all tests that can run here
-	@$(BIN)/python -m pytest -m "not vllm" $(PARALLEL) $(ARGS) $(NO_TESTS_IS_FINE)
-	@if grep -q yes $(VLLM)/.done; then $(VLLM)/bin/python -m pytest -m vllm $(ARGS) $(NO_TESTS_IS_FINE); \
+	@$(BIN)/python -m pytest -m "not vllm" $(PARALLEL) $(RERUNS) $(ARGS) $(NO_TESTS_IS_FINE)
+	@if grep -q yes $(VLLM)/.done; then $(VLLM)/bin/python -m pytest -m vllm $(RERUNS) $(ARGS) $(NO_TESTS_IS_FINE); \
 	else echo "NOT RUN: the tests marked vllm, since vLLM for CPUs is not installed ($(VLLM)/install.log)"; \
 		test "$(CI)" != true; fi
 

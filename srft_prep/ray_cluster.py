@@ -21,6 +21,8 @@ from srft_prep.errors import BackendError, ConfigError
 LOCAL: Final = "local"
 """In place of an address: a cluster of this machine, which ends with the run."""
 INSTALL: Final = "pip install 'srft-prep[ray]'"
+STARTS: Final = 3
+"""Tries to start a local one: Ray gives its processes 30 seconds, too few on a loaded machine."""
 OBJECT_STORE_BYTES: Final = 1 << 28
 """Of a local cluster: what is under way between processes."""
 _ENVIRONMENT: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
@@ -58,17 +60,21 @@ class RayCluster:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-        try:
-            ray.init(
-                address=self.address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                **(local if is_local else {}),
-            )
-        except Exception as error:  # noqa: BLE001 - what it raises is of many classes
-            raise BackendError(
-                f"--ray-address {self.address}: the cluster cannot be used: {_line(error)}"
-            ) from None
+        for left in reversed(range(STARTS if is_local else 1)):
+            try:
+                ray.init(
+                    address=self.address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **(local if is_local else {}),
+                )
+                break
+            except Exception as error:  # noqa: BLE001 - what it raises is of many classes
+                ray.shutdown()  # what of it was started already
+                if not left:
+                    raise BackendError(
+                        f"--ray-address {self.address}: the cluster cannot be used: {_line(error)}"
+                    ) from None
         self.ray = ray
         return self
 

@@ -1,12 +1,6 @@
 """Array jobs: N processes, in any order, killed and run again, merge to what one run writes."""
 
-import os
 import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +16,11 @@ from srft_prep.examples.record import RUNS_DIR
 from srft_prep.ingest import ingest
 from srft_prep.storage import StageWriter, write_table
 from srft_prep.trajectories import read_trajectories, trajectories_table, trajectory_of
+from tests.gates import kill_when
 from tests.stages import srft_prep
 
 NUM_SHARDS = 8
 KILLED = (2, 5)
-TRIES = 5
 COPIES = 3
 """Of every example run, under other names and with a task of their own."""
 
@@ -64,33 +58,15 @@ def label(source: Path, output: Path, *options: object) -> list[str]:
     return list(map(str, ["label", source, "-o", output, "--only", "all", *options]))
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    """Start a command that leaves the processor to whoever waits for it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    return subprocess.Popen(
-        ["nice", "-n", "10", sys.executable, "-m", "srft_prep", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
 def kill_in_the_midst(words: list[str], output: Path) -> None:
     """Kill a job with SIGKILL when something of its work is on disk and not all."""
-    for _ in range(TRIES):
-        process = start(words)
-        while process.poll() is None and not any(
-            entry.name.startswith(("part-", "ledger-")) for entry in output.glob("*")
-        ):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if not (output / "manifest.json").exists():
-            assert process.returncode == -signal.SIGKILL
-            return
-        shutil.rmtree(output)  # it was faster than this process
-    pytest.fail(f"the job ended {TRIES} times before it was killed")
+
+    def has_begun() -> bool:
+        return any(entry.name.startswith(("part-", "ledger-")) for entry in output.glob("*"))
+
+    kill_when(has_begun, output.with_name(f"{output.name}.gate"), *words)
+    assert has_begun()
+    assert not (output / "manifest.json").exists()
 
 
 def run_array(command: Callable[..., list[str]], source: Path, folder: Path) -> list[Path]:

@@ -1,11 +1,7 @@
 """Critics one after the other: what each is asked, what stays settled, and what is told of it."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -26,6 +22,7 @@ from srft_prep.panel import is_audited
 from srft_prep.types import LABELS, Trajectory
 from srft_prep.verification import verify
 from tests.critic.api_server import ApiServer, Reaction, Turn, answer, label_of, late
+from tests.gates import kill_when
 from tests.stages import Run, srft_prep, trajectory, write_trajectories
 
 SMALL, LARGE = "small-1", "large-1"
@@ -244,25 +241,17 @@ def test_a_cascade_killed_in_its_midst_goes_on_and_asks_nothing_twice(
     rng = random.Random(3)
     with ApiServer(slowly, models=MODELS) as server:
         critics = critics_file(tmp_path / "critics.toml", server, prices, large="concurrency = 2\n")
-        words = ("--cascade", "rules,small,large", "--critics-file", critics, "--only", "all")
-        command = [sys.executable, "-m", "srft_prep", "label", source, "-o", output, *words]
-        command += ["--concurrency", "2", "--audit", "0.3"]
+        words = ("label", source, "-o", output, "--cascade", "rules,small,large", "--only", "all")
+        words += ("--critics-file", critics, "--concurrency", "2", "--audit", "0.3")
         for goal in (30, 50):  # 24 by the rules; in the small model's turn, and later
-            process = subprocess.Popen(
-                list(map(str, command)), stderr=subprocess.DEVNULL, env={**os.environ}
-            )
-            goal += rng.randint(0, 3)
-            while num_kept() < goal:
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            enough = goal + rng.randint(0, 3)
+            kill_when(lambda enough=enough: num_kept() >= enough, tmp_path / "gate", *words)
             while server._in_flight:  # answers that nobody takes any more
                 time.sleep(0.01)
         kept = num_kept()
         billed = sum(server.billed().values())
-        last = subprocess.run(list(map(str, command)), capture_output=True, check=False)
-        assert last.returncode == 0, last.stderr
+        last = srft_prep(*words)
+        assert last.status == 0, last.stderr
         assert sum(server.billed().values()) - billed == num_kept() - kept
         whole = cascade(source, tmp_path / "whole", critics, "rules,small,large", "--audit", "0.3")
         assert whole.status == 0, whole.stderr

@@ -1,11 +1,6 @@
 """`label` as a user runs it, against real HTTP servers on loopback."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -38,6 +33,7 @@ from tests.critic.api_server import (
     problem,
 )
 from tests.critic.batch_server import KEY, BatchServer
+from tests.gates import kill_when
 from tests.stages import Run, srft_prep
 
 PROMPT = Path(__file__).resolve().parents[1] / "prompts" / "step_critic.md"
@@ -142,22 +138,17 @@ def test_a_killed_run_goes_on_and_asks_nothing_again_that_had_come_back(
     output = tmp_path / "labels"
     rng = random.Random(7)
     with ApiServer(lambda turn: late(turn, 0.2 + 0.4 * turn.share())) as server:
-        command = [sys.executable, "-m", "srft_prep"]
-        command += words(runs, output, server, "openai", "--concurrency", 8)
+        command = words(runs, output, server, "openai", "--concurrency", 8)
         kept: list[set[tuple[str, str]]] = []
         for _ in range(3):
-            seen = sum(keys_in(output).values())
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ})
-            while sum(keys_in(output).values()) < seen + rng.randint(3, 10):
-                assert process.poll() is None
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            enough = sum(keys_in(output).values()) + rng.randint(3, 10)
+            has_enough = lambda enough=enough: keys_in(output).total() >= enough  # noqa: E731
+            kill_when(has_enough, tmp_path / "gate", *command)
             kept.append(set(keys_in(output)))
         num_billed = sum(server.billed().values())
-        last = subprocess.run(command, capture_output=True, check=False)
+        last = srft_prep(*command)
         num_asked_last = sum(server.billed().values()) - num_billed
-    assert last.returncode == 0, last.stderr
+    assert last.status == 0, last.stderr
     counted = keys_in(output)
     assert set(counted.values()) == {1}
     assert num_asked_last == len(counted) - len(kept[-1])

@@ -27,6 +27,7 @@ from srft_prep.labeling import label, missing_requests
 from srft_prep.ledger import ledger_files
 from srft_prep.ledger_labels import SCALES
 from srft_prep.verification import verify
+from tests.gates import FileGate, wait_at
 from tests.stages import listed_label, trajectory, write_trajectories
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -419,21 +420,23 @@ def num_lines(folder):
 def test_a_killed_run_with_windows_and_votes_asks_every_key_once(tmp_path):
     runs = [long_run(f"run-{number}", num_steps=40) for number in range(8)]
     source = write_trajectories(tmp_path / "runs", runs)
-    folder = tmp_path / "labels"
-    words = [sys.executable, __file__, str(source), str(folder)]
+    folder, gate = tmp_path / "labels", tmp_path / "gate"
+    words = [sys.executable, __file__, str(source), str(folder), str(gate)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     critic = child_critic()
     expected = [(each.content_hash, request.part) for each in runs for request in critic.plan(each)]
     for share in (0.2, 0.5):
-        child = subprocess.Popen(words, env=environment)
+        shut = FileGate(gate)
+        child = subprocess.Popen([*words, str(int(share * len(expected)))], env=environment)
         try:
-            while child.poll() is None and num_lines(folder) < share * len(expected):
+            while not shut.is_reached:
+                assert child.poll() is None, "it ended before it was killed"
                 time.sleep(0.002)
-            assert child.poll() is None, "it ended before it was killed"
         finally:
             child.kill()
             child.wait()
-    assert num_lines(folder) < len(expected)
+        assert 0 < num_lines(folder) < len(expected)
+    shut.open()
     assert subprocess.run(words, env=environment, check=False).returncode == 0
     assert Counter(ledger_keys(folder)) == Counter(expected)
     assert labelled(folder) == whole(*runs)
@@ -444,6 +447,22 @@ def child_critic():
     return PlannedCritic(votes=2, ahead=3, seconds=0.004)
 
 
+class WaitingCritic(PlannedCritic):
+    """Waits at a gate once it has given some answers."""
+
+    def __init__(self, gate, most):
+        super().__init__(votes=2, ahead=3, seconds=0.004)
+        self.gate, self.left = gate, most
+
+    def answer(self, request):
+        if self.left == 0:
+            wait_at(self.gate)
+        self.left -= 1
+        return super().answer(request)
+
+
 if __name__ == "__main__":
     critic = child_critic()
+    if len(sys.argv) > 4:
+        critic = WaitingCritic(Path(sys.argv[3]), int(sys.argv[4]))
     label(Path(sys.argv[1]), Path(sys.argv[2]), critic, critic.config())

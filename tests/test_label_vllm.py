@@ -21,6 +21,7 @@ import polars as pl
 import pytest
 
 from srft_prep.verification import verify
+from tests.gates import gated
 from tests.processes import processes_with, wait_until_gone
 from tests.stages import srft_prep
 from tests.tiny_models import make_tiny_model
@@ -109,17 +110,12 @@ def test_a_run_killed_at_random_goes_on_with_one_answer_a_key_and_no_engine_left
     words += ("--max-input-tokens", LIMIT, "--json")
     rng = random.Random(11)
     for _ in range(2):
-        seen = len(entries_in(output))
-        with started(*words) as (process, mark):
-            until = time.monotonic() + 240
-            while len(entries_in(output)) < seen + rng.randint(1, 25):
-                if process.poll() is not None:
-                    pytest.fail(f"it ended by itself: {process.communicate()}")
-                assert time.monotonic() < until
-                time.sleep(0.02)
+        enough = len(entries_in(output)) + rng.randint(1, 25)
+        mark = f"srft-test-{uuid.uuid4()}"
+        with gated(tmp_path / "gate", *words, SRFT_TEST_MARK=mark) as command:
+            command.wait_until(lambda enough=enough: len(entries_in(output)) >= enough)
             assert len(processes_with(mark)) > 1, "the engine has a process of its own"
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            command.kill()
             wait_until_gone(mark)
     before = {(entry["content_hash"], entry["part"]) for entry in entries_in(output)}
     with started(*words) as (process, mark):

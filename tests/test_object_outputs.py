@@ -349,14 +349,15 @@ def lease(bucket: Bucket, **changes: object) -> None:
 def test_a_lease_of_another_machine_is_taken_over_once_it_is_old(
     bucket: Bucket, machine: Machine, local: Path
 ) -> None:
-    machine.environment["SRFT_LEASE_SECONDS"] = "4"
+    machine.environment["SRFT_LEASE_SECONDS"] = "600"
     words = words_of("ingest", local, f"{bucket.url}/out")
     lease(bucket)
     said = machine.run(*words, status=2)
     assert "process 7 of far, which was heard of" in said
-    assert "counts as dead after 4; wait for it, or choose another -o" in said
+    assert "counts as dead after 600; wait for it, or choose another -o" in said
     assert bucket.names("out/") == [f"out/.progress/{LEASE}"]
-    time.sleep(5)
+    machine.environment["SRFT_LEASE_SECONDS"] = "2"
+    time.sleep(3)
     machine.run(*words, status=1)
     assert_stored(bucket, "out", local / "ingest")
 
@@ -374,7 +375,7 @@ def test_a_run_whose_lease_was_taken_writes_nothing_more(
         with machine.start(*words) as run:
             assert run.wait_until(lambda: bool(bucket.names("out/ledger-"))), run.said
             lease(bucket)
-            time.sleep(1.5)
+            time.sleep(3)  # it looks after its lease four times in 2 seconds
             left = {name: bucket.get(name) for name in bucket.names("out/")}
             assert run.wait() == 2, run.said
             assert "another run took over while this one could not reach the store" in run.said

@@ -27,6 +27,7 @@ from srft_prep.storage import StageWriter, write_table
 from srft_prep.tokens import tokenize
 from srft_prep.trajectories import read_trajectories, trajectories_table
 from srft_prep.types import Trajectory
+from tests.gates import gated
 from tests.processes import processes_with
 from tests.stages import srft_prep
 
@@ -76,9 +77,10 @@ def kill_actors(kind: str) -> int:
     """Kill all processes of a kind of actor with SIGKILL; return how many there were."""
     killed = 0
     for number in processes_with(f"RAY_AUTH_TOKEN={'ab' * 32}"):
-        if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
-            os.kill(number, signal.SIGKILL)
-            killed += 1
+        with suppress(OSError):  # one that ends while it is looked at
+            if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
+                os.kill(number, signal.SIGKILL)
+                killed += 1
     return killed
 
 
@@ -127,6 +129,36 @@ def test_a_cluster_at_an_address_is_used_and_left_running(
     assert run.returncode == 0, run.stderr
     assert_same_tokens(tmp_path / "out", alone)
     assert cluster.number_of("CPU") == 2
+
+
+STARTS_LATE = """
+import ray
+from srft_prep.ray_cluster import RayCluster
+
+init, tries = ray.init, []
+
+def fails_twice(**options):
+    tries.append(options)
+    if len(tries) < 3:
+        raise RuntimeError("Failed to start GCS.")
+    return init(**options)
+
+ray.init = fails_twice
+with RayCluster(num_cpus=1) as cluster:
+    print(len(tries), cluster.number_of("CPU"))
+"""
+
+
+def test_a_local_cluster_that_did_not_start_in_time_is_started_again() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.run(
+        [sys.executable, "-c", STARTS_LATE],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"},
+    )
+    assert run.stdout == "3 1\n", run.stderr
 
 
 def test_a_wrong_token_opens_no_cluster(cluster: RayCluster, tmp_path: Path) -> None:
@@ -180,24 +212,18 @@ def working_processes(mark: str) -> list[bytes]:
 
 
 def test_a_local_cluster_dies_with_the_command_that_started_it(
-    trajectories: Path, tmp_path: Path
+    trajectories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, mark = tmp_path / "out", secrets.token_hex(32)
     words = ["label", str(trajectories), "-o", str(output), "--only", "all"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "srft_prep", *words, "--engine", "ray", "--workers", "1"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**environment, "RAY_AUTH_TOKEN": mark},
-    ) as process:
-        until = time.monotonic() + 200
-        while not any(file.stat().st_size for file in output.glob("ledger-*.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < until, "no answer came"
-            time.sleep(0.01)
+    ray = ("--engine", "ray", "--workers", 1)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with gated(tmp_path / "gate", *words, *ray, RAY_AUTH_TOKEN=mark) as command:
+        command.wait_until(
+            lambda: any(file.stat().st_size for file in output.glob("ledger-*.jsonl"))
+        )
         assert len(processes_with(mark)) > 3
-        process.kill()
+        command.kill()
     until = time.monotonic() + 60
     while left := working_processes(mark):
         assert time.monotonic() < until, left

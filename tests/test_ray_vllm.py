@@ -3,11 +3,9 @@
 import os
 import secrets
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -22,6 +20,7 @@ from srft_prep.critic.on_ray import RayCritic
 from srft_prep.ray_cluster import RayCluster
 from srft_prep.verification import verify
 from tests.critic.real_questions import real_trajectories, settings_of, with_room
+from tests.gates import gated
 from tests.processes import processes_with, wait_until_gone
 from tests.stages import srft_prep
 from tests.tiny_models import make_tiny_model
@@ -38,15 +37,16 @@ LIMIT = 2500
 
 
 def actors(mark: str) -> list[int]:
-    return [
-        number
-        for number in processes_with(mark)
-        if b"ray::CriticActor" in Path(f"/proc/{number}/cmdline").read_bytes()
-    ]
+    found = []
+    for number in processes_with(mark):
+        with suppress(OSError):  # one that ends while it is looked at
+            if b"ray::CriticActor" in Path(f"/proc/{number}/cmdline").read_bytes():
+                found.append(number)
+    return found
 
 
 def test_two_engines_in_actors_give_the_local_labels_although_one_is_killed(
-    shared_data: Path, tmp_path: Path
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny_model(tmp_path / "model")
     runs, output = tmp_path / "runs", tmp_path / "ray"
@@ -58,26 +58,14 @@ def test_two_engines_in_actors_give_the_local_labels_although_one_is_killed(
     assert local.status == 0, local.stderr
 
     token = secrets.token_hex(32)
-    command = [sys.executable, "-m", "srft_prep", *map(str, (*words, output))]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [*command, "--engine", "ray", "--workers", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "RAY_AUTH_TOKEN": token},
-    )
-    try:
-        until = time.monotonic() + 400
-        while not any(file.stat().st_size for file in output.glob("ledger-*.jsonl")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < until, "no answer came"
-            time.sleep(0.01)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray = ("--engine", "ray", "--workers", 2)
+    with gated(tmp_path / "gate", *words, output, *ray, RAY_AUTH_TOKEN=token) as command:
+        command.wait_until(
+            lambda: any(file.stat().st_size for file in output.glob("ledger-*.jsonl")), 400
+        )
         os.kill(actors(token)[0], signal.SIGKILL)
-        _, err = process.communicate(timeout=500)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err
+        assert command.wait(500) == 0, command.said
     wait_until_gone(token)
     lines = [
         line for file in output.glob("ledger-*.jsonl") for line in file.read_bytes().splitlines()

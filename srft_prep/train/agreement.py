@@ -6,6 +6,7 @@ it until a timeout. So whatever can fail in one rank alone (files, settings, mod
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
 import torch
@@ -58,9 +59,10 @@ def agreed_at_length(call: Callable[[], Result], *, beat: float = BEAT_SECONDS) 
     over = threading.Event()
 
     def tell() -> None:
-        while not over.wait(beat):
-            _is_at_work(True)
-        _is_at_work(False)
+        with suppress(RuntimeError):  # a rank is gone: what follows meets it, and raises
+            while not over.wait(beat):
+                _is_at_work(True)
+            _is_at_work(False)
 
     def call_told() -> Result:
         teller = threading.Thread(target=tell, name="at work")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from srft_prep.cli import main
+from tests.gates import MANIFEST, FileGate, wait_before_naming
 from tests.processes import processes_with
 
 LOADED = [
@@ -38,7 +39,11 @@ POLL_SECONDS = 0.005
 
 
 def run_command(
-    words: Sequence[str], environment: dict[str, str], log: str, most_file_bytes: int | None
+    words: Sequence[str],
+    environment: dict[str, str],
+    log: str,
+    most_file_bytes: int | None,
+    gate: tuple[Path, str] | None,
 ) -> None:
     """Be the command."""
     os.environ.update(environment)
@@ -51,6 +56,8 @@ def run_command(
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_file_bytes, most_file_bytes))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    if gate is not None:
+        wait_before_naming(*gate)
     sys.argv = ["srft-prep", *words]
     main()
 
@@ -65,15 +72,27 @@ class Command:
         *,
         environment: Mapping[str, str] | None = None,
         most_file_bytes: int | None = None,
+        holds: str | None = None,
     ) -> None:
+        """Start a command.
+
+        Args:
+            words: what stands behind `srft-prep`.
+            log: the file for all that it says.
+            environment: what it has beside this process's.
+            most_file_bytes: the size at which no file of it grows any more.
+            holds: the names of files (a pattern) before which it waits until it is let go.
+        """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LOADED)
         self.log = log
         self.mark = f"srft-test-{uuid.uuid4()}"
         own = {"SRFT_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         own |= environment or {}
+        self._gate = FileGate(log.with_name(f"{self.mark}.gate")) if holds is not None else None
+        gate = (self._gate.path, holds) if self._gate is not None else None
         self.process = context.Process(
-            target=run_command, args=(list(map(str, words)), own, str(log), most_file_bytes)
+            target=run_command, args=(list(map(str, words)), own, str(log), most_file_bytes, gate)
         )
         self.process.start()
 
@@ -93,10 +112,20 @@ class Command:
         self.process.join(seconds)
         return self.process.exitcode
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits at its gate."""
+        return self._gate is not None and self._gate.is_reached
+
+    def let_go(self) -> None:
+        """Open its gate."""
+        if self._gate is not None:
+            self._gate.open()
+
     def wait_until(self, ready: Callable[[], bool], seconds: float = 300.0) -> bool:
-        """Wait for something, or for the command's end; return whether it goes on."""
+        """Wait for something, or for the command's gate or end; return whether it goes on."""
         until = time.monotonic() + seconds
-        while self.is_alive and not ready():
+        while self.is_alive and not self.is_held and not ready():
             assert time.monotonic() < until, self.said
             time.sleep(POLL_SECONDS)
         return self.is_alive
@@ -126,14 +155,13 @@ def finish(words: Words, log: Path, *, status: int = 0) -> float:
     return time.monotonic() - begun
 
 
-def kill_when(words: Words, log: Path, ready: Callable[[], bool]) -> bool:
-    """Start a command, kill -9 it once `ready`, and return whether it still ran then."""
-    with started(words, log) as command:
-        alive = command.wait_until(ready)
+def kill_when(words: Words, log: Path, ready: Callable[[], bool]) -> None:
+    """Start a command and kill -9 it once `ready`, or when it is about to end."""
+    with started(words, log, holds=MANIFEST) as command:
+        assert command.wait_until(ready), command.said
         command.process.kill()
         command.wait()
         wait_for_orphans(command)
-    return alive
 
 
 def wait_for_orphans(command: Command, seconds: float = 30.0) -> None:

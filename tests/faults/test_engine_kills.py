@@ -3,13 +3,8 @@
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +14,7 @@ import pytest
 from srft_prep.examples.record import RUNS_DIR
 from srft_prep.verification import verify
 from tests.faults.runs import ledger_keys
+from tests.gates import gated
 from tests.processes import processes_with, wait_until_gone
 from tests.stages import srft_prep
 from tests.tiny_models import EXAMPLE_TOKENIZER, make_tiny_model
@@ -29,36 +25,6 @@ pytestmark = [
 ]
 
 SECONDS = 400.0
-
-
-@contextmanager
-def labelling(words: tuple[object, ...]) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the command in a process of its own; give it and what its environment is known by."""
-    value = str(uuid.uuid4())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "srft_prep", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "SRFT_TEST_MARK": value},
-    )
-    try:
-        yield process, f"SRFT_TEST_MARK={value}"
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    until = time.monotonic() + SECONDS
-    while not ready():
-        if process.poll() is not None:
-            assert process.stdout is not None
-            pytest.fail(f"it ended by itself: {process.stdout.read()}")
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def engine_of(command: int) -> int:
@@ -82,20 +48,19 @@ def test_a_killed_engine_is_started_again_and_a_killed_run_goes_on_with_one_answ
     assert srft_prep("ingest", RUNS_DIR, "-o", runs).status == 0
     words = ("label", runs, "-o", output, "--critic", "vllm", "--model", model, "--only", "all")
     words += ("--max-input-tokens", 2500)
-    with labelling(words) as (process, mark):
+    mark = f"srft-test-{uuid.uuid4()}"
+    with gated(tmp_path / "gate", *words, SRFT_TEST_MARK=mark) as command:
         goal = rng.randrange(1, 30)
-        wait_for(process, lambda: len(ledger_keys(output)) >= goal)
-        os.kill(engine_of(process.pid), signal.SIGKILL)
+        command.wait_until(lambda: len(ledger_keys(output)) >= goal, SECONDS)
+        os.kill(engine_of(command.process.pid), signal.SIGKILL)
         goal = len(ledger_keys(output)) + rng.randrange(1, 30)
-        wait_for(process, lambda: len(ledger_keys(output)) >= goal)
-        process.kill()
-        process.wait()
+        command.wait_until(lambda: len(ledger_keys(output)) >= goal, SECONDS)
+        command.kill()
         wait_until_gone(mark)
     kept = ledger_keys(output)
-    with labelling(words) as (process, mark):
-        said, _ = process.communicate(timeout=SECONDS)
-        assert process.returncode == 0, said
-        assert "Traceback" not in said
+    with gated(tmp_path / "gate", *words, SRFT_TEST_MARK=mark) as command:
+        assert command.wait(SECONDS) == 0, command.said
+        assert "Traceback" not in command.said
         wait_until_gone(mark)
     keys = ledger_keys(output)
     assert set(kept) <= set(keys)

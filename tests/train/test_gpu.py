@@ -29,6 +29,7 @@ from srft_prep.train.model import (
 )
 from srft_prep.train.parallel import World, deterministic, shard_model, started
 from srft_prep.verification import verify
+from tests.gates import MANIFEST
 from tests.tiny_models import EXAMPLE_TOKENIZER, make_tiny_model
 from tests.train import runs
 from tests.train.architectures import SUPPORTED, tiny_config
@@ -248,9 +249,9 @@ def test_a_run_killed_on_a_gpu_goes_on_to_the_same_bits(
     expected, output = tmp_path / "expected", tmp_path / "killed"
     runs.finish(expected, words)
     for steps in (4, 8):
-        with runs.started(output, words) as run:
+        with runs.started(output, words, holds=MANIFEST) as run:
             run.wait_until(run.has_done(steps))
-            assert run.ranks[0].is_alive(), f"over before it could be killed: {run.said}"
+            assert run.ranks[0].is_alive(), run.said
             run.send(signal.SIGKILL)
             run.wait()
     runs.finish(output, words)

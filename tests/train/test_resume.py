@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from srft_prep.train.metrics import read_metrics
+from tests.gates import MANIFEST
 from tests.tiny_models import EXAMPLE_TOKENIZER, make_tiny_model
 from tests.train.runs import finish, losses_of, started
 
@@ -39,15 +40,12 @@ def test_kill_9_at_any_step_changes_no_bit_of_losses_and_weights(
 ) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
     rng = random.Random(ranks)
-    kills = sorted(rng.sample(range(1, STEPS), 3))
-    killed = 0
-    for step in kills:
-        with started(output, words, ranks=ranks) as run:
+    for step in sorted(rng.sample(range(1, STEPS), 3)):
+        with started(output, words, ranks=ranks, holds=MANIFEST) as run:
             run.wait_until(run.has_done(step))
-            killed += run.ranks[0].is_alive()
+            assert run.ranks[0].is_alive(), run.said
             run.send(signal.SIGKILL)
             run.wait()
-    assert killed == len(kills), "the run was faster than all kills"
     finish(output, words, ranks=ranks)
     assert losses_of(output) == losses_of(expected)
     assert weights_of(output) == weights_of(expected)
@@ -57,9 +55,10 @@ def test_kill_9_at_any_step_changes_no_bit_of_losses_and_weights(
 
 def test_kill_9_of_one_rank_ends_the_others_too(short_shards: Path, tmp_path: Path) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
-    with started(output, words, ranks=2) as run:
-        run.wait_until(run.has_done(2))
+    with started(output, words, ranks=2, pauses_after=2) as run:
+        run.wait_until_held()
         run.ranks[1].kill()
+        run.let_go()
         statuses = run.wait()
         assert None not in statuses
         assert 0 not in statuses
@@ -73,11 +72,11 @@ def test_a_checkpoint_cut_short_is_said_and_the_one_before_it_used(
     ranks: int, expected: Path, short_shards: Path, tmp_path: Path
 ) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
-    with started(output, words, ranks=ranks) as run:
+    with started(output, words, ranks=ranks, holds=checkpoint(output, STEPS).name) as run:
         run.wait_until(lambda: checkpoint(output, 9).exists())
         run.send(signal.SIGKILL)
     newest = max((output / "checkpoints").glob("step-*"))
-    assert newest != checkpoint(output, STEPS), "the run was faster than the kill"
+    assert newest == checkpoint(output, 9), run.said
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     finish(output, words, ranks=ranks)
@@ -94,7 +93,7 @@ def test_another_number_of_ranks_goes_on_with_equal_losses(
     short_shards: Path, expected: Path, ranks: int, tmp_path: Path
 ) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
-    with started(output, words, ranks=3 - ranks) as run:
+    with started(output, words, ranks=3 - ranks, holds=MANIFEST) as run:
         run.wait_until(lambda: checkpoint(output, 6).exists())
         run.send(signal.SIGKILL)
     assert checkpoint(output, 6).is_dir(), run.said
@@ -110,9 +109,10 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(
 ) -> None:
     settings = (*SETTINGS[:-1], 0)  # no checkpoint but the last
     output, words = tmp_path / "run", ("train", short_shards, *settings)
-    with started(output, words, ranks=ranks) as run:
-        run.wait_until(run.has_done(4))
+    with started(output, words, ranks=ranks, pauses_after=4) as run:
+        run.wait_until_held()
         run.send(signal.SIGTERM)
+        run.let_go()
         statuses = run.wait()
         assert statuses[0] == 130, run.said
         assert "interrupted; the same command continues" in run.said
@@ -129,13 +129,14 @@ def test_of_two_runs_into_one_directory_the_second_is_refused(
     short_shards: Path, tmp_path: Path
 ) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
-    with started(output, words) as first:
+    with started(output, words, holds=MANIFEST) as first:
         first.wait_until(first.has_done(1))
         first.send(signal.SIGSTOP)
         with started(output, words) as second:
             assert second.wait() == [2]
         assert "another srft-prep run is writing here" in second.said
         first.send(signal.SIGCONT)
+        first.let_go()
         assert first.wait() == [0], first.said
 
 
@@ -143,7 +144,7 @@ def test_a_run_killed_before_its_export_only_exports(
     ranks: int, expected: Path, short_shards: Path, tmp_path: Path
 ) -> None:
     output, words = tmp_path / "run", ("train", short_shards, *SETTINGS)
-    with started(output, words, ranks=ranks) as run:
+    with started(output, words, ranks=ranks, holds=MANIFEST) as run:
         run.wait_until(lambda: checkpoint(output, STEPS).exists())
         run.send(signal.SIGKILL)
     shutil.rmtree(output / "model", ignore_errors=True)
