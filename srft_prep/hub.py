@@ -6,7 +6,7 @@ long as it takes to find out that nothing answers.
 
 import time
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from srft_prep.errors import in_one_line
 
@@ -30,20 +30,23 @@ def hub_problem() -> str | None:
 
 @cache
 def _problem_at(endpoint: str) -> str | None:
+    from huggingface_hub import get_session
+
+    session = get_session()  # before the clock starts: that its client is slow to load is no answer
     started = time.monotonic()
-    reason = _reason_at(endpoint)
+    reason = _reason_at(endpoint, session)
     if reason and time.monotonic() - started < CONNECT_SECONDS:  # refused: maybe for a moment only
         time.sleep(PAUSE_SECONDS)
-        reason = _reason_at(endpoint)
+        reason = _reason_at(endpoint, session)
     return reason and f"the hub does not answer ({endpoint}: {reason})"
 
 
-def _reason_at(endpoint: str) -> str | None:
-    from huggingface_hub import constants, get_session
+def _reason_at(endpoint: str, session: Any) -> str | None:
+    from huggingface_hub import constants
 
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT)
     try:
-        get_session().head(
+        session.head(
             endpoint, timeout=(CONNECT_SECONDS, seconds, seconds, seconds), follow_redirects=False
         )
     except Exception as error:  # noqa: BLE001 - whatever the transport of the hub's client raises

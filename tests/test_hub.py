@@ -19,6 +19,14 @@ from tests.stages import trajectory, write_trajectories
 
 TOKENIZER = {path.name: path.read_bytes() for path in Path(tokenizer_path("example")).iterdir()}
 HASH = "from srft_prep.chat import load_spec; print(load_spec({!r}).tokenizer_hash);"
+SLOW_IMPORT = """
+import sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "httpx2":
+            time.sleep(4)
+sys.meta_path.insert(0, Slow())
+"""
 COMMIT_OF = (
     "from srft_prep.critic.engine.checkpoint import open_checkpoint;"
     "print(open_checkpoint({!r}).commit);"
@@ -89,6 +97,16 @@ def test_a_model_at_a_hub_that_does_not_answer_is_refused_as_soon(tmp_path: Path
         run = python("-c", COMMIT_OF.format("some/id"), url=server.url, home=tmp_path / "hf")
     assert server.asked == ["HEAD /"] * 2
     assert "nothing in the hub's cache, and the hub does not answer" in run.stderr
+
+
+def test_a_client_that_is_slow_to_load_is_not_taken_for_a_hub_that_is_slow_to_refuse(
+    tmp_path: Path,
+) -> None:
+    code = f"{SLOW_IMPORT}\nfrom srft_prep.hub import hub_problem; print(hub_problem())"
+    with silent_hub() as server:
+        run = python("-c", code, url=server.url, home=tmp_path / "hf")
+    assert "the hub does not answer" in run.stdout, run.stderr
+    assert server.asked == ["HEAD /"] * 2
 
 
 def test_a_slow_hub_is_waited_for_and_then_its_cache_does(

@@ -95,10 +95,11 @@ def test_a_ledger_goes_on_in_another_file_once_one_is_large(
 @contextmanager
 def files_to_open(number: int) -> Iterator[None]:
     """Let this process open no more than some further files at a time."""
-    lowest = os.dup(0)
-    os.close(lowest)
+    held = [os.dup(0) for _ in range(number)]  # what other tests left open lies in between
+    for each in held:
+        os.close(each)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + number, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, hard))
     try:
         yield
     finally:

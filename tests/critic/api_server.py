@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
 from collections import Counter
@@ -177,6 +178,7 @@ class ApiServer:
         self._in_flight = 0
         self._connections: set[asyncio.Transport] = set()
         self._loop = asyncio.new_event_loop()
+        self._place: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name="api-server")
 
@@ -190,6 +192,8 @@ class ApiServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._place is not None:
+            self._place.close()
 
     @property
     def openai_url(self) -> str:
@@ -212,10 +216,12 @@ class ApiServer:
         return Counter(each.turn.prompt for each in self.turns if each.billed and each.delivered)
 
     async def _open(self) -> None:
+        if self._place is None:
+            self._place = _kept_place()
+            self.port = self._place.getsockname()[1]
         self._server = await self._loop.create_server(
-            lambda: _Connection(self), "127.0.0.1", self.port, backlog=1024
+            lambda: _Connection(self), "127.0.0.1", self.port, backlog=1024, reuse_port=True
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _close(self) -> None:
         if self._server is not None:
@@ -259,6 +265,17 @@ class ApiServer:
         return Reaction(body=json.dumps({"type": "model", "display_name": name, **found}).encode())
 
 
+def _kept_place() -> socket.socket:
+    """Return what holds a free port, and refuses connections where nobody else listens there.
+
+    A server that is dead for a while would lose its port to whoever asks for a free one.
+    """
+    place = socket.socket()
+    place.bind(("127.0.0.1", 0))
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # once it is ours alone
+    return place
+
+
 class _Connection(asyncio.Protocol):
     """One kept-alive HTTP/1.1 connection; requests one after the other, with Content-Length."""
 
@@ -270,6 +287,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        if self.server._server is None:  # it was accepted while the server died
+            self.transport.abort()
         self.server._connections.add(self.transport)
 
     def connection_lost(self, _error: Exception | None) -> None:

@@ -35,9 +35,9 @@ def provider_of(name: str, url: str) -> BatchProvider:
     settings = QuestionSettings(prompt=load_prompt(next(iter(sorted(PROMPTS.glob("*.md"))))))
     if name == "openai":
         body = partial(openai_body, model="gpt-judge", settings=settings)
-        return OpenAIBatches(body=body, base_url=f"{url}/v1", timeout_seconds=20)
+        return OpenAIBatches(body=body, base_url=f"{url}/v1", timeout_seconds=120)
     body = partial(anthropic_body, model="claude-judge", settings=settings)
-    return AnthropicBatches(body=body, base_url=url, timeout_seconds=20)
+    return AnthropicBatches(body=body, base_url=url, timeout_seconds=120)
 
 
 def request_of(number: int, *, fate: str = "good", padding: int = 0) -> CriticRequest:

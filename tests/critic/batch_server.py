@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +44,8 @@ class Faults:
     """How often a job is in progress when it is looked at."""
     late_lists: int = 0
     """How many lists of jobs come too early to show any."""
+    jobs_before_end: int = 1
+    """How many jobs must have been made before one ends."""
     max_body_bytes: int = 1 << 30
 
 
@@ -124,7 +127,10 @@ class BatchServer:
             job.polls += 1
             if job.cancelling:
                 job.ended = "cancelled"
-            elif job.ended is None and job.polls > self.faults.polls_until_end:
+            elif job.ended is None and (
+                job.polls > self.faults.polls_until_end
+                and len(self.jobs) >= self.faults.jobs_before_end
+            ):
                 if job.fails:
                     job.ended = "failed"
                 elif self.faults.end != "never":
@@ -190,6 +196,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, method: str) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
+        if len(self.body) < length:
+            raise ConnectionError("the client died in the middle of its request")
         path = urlsplit(self.path).path
         openai = not path.startswith("/v1/messages")
         given = self.headers.get("Authorization")
@@ -440,7 +448,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drop(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # the client is dead already
+            self.connection.shutdown(socket.SHUT_RDWR)
 
 
 _ID = r"(\w+)"

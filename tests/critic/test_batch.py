@@ -5,6 +5,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from srft_prep.critic import CriticReply
@@ -135,7 +136,7 @@ def test_a_batch_whose_submission_got_no_answer_is_found_and_not_submitted_again
     server.faults.create = deque(["accept-and-drop"])
     server.faults.late_lists = late_lists
     requests = [request_of(n) for n in range(5)]
-    replies = list(run(requests, provider, journal, max_requests=2, settle_seconds=5.0))
+    replies = list(run(requests, provider, journal, max_requests=2, settle_seconds=60.0))
     assert_each_once(server, replies, 5)
     assert len(server.jobs) == 3
 
@@ -183,6 +184,7 @@ def test_no_more_batches_are_in_flight_and_no_more_requests_pulled_than_allowed(
     server: BatchServer, provider: BatchProvider, journal: Path
 ) -> None:
     server.faults.polls_until_end = 3
+    server.faults.jobs_before_end = 2
     pulled = 0
 
     def requests() -> Iterator:
@@ -224,10 +226,21 @@ def test_a_job_that_does_not_end_is_cancelled_for_what_it_has(
     server: BatchServer, provider: BatchProvider, journal: Path
 ) -> None:
     server.faults.end = "never"
-    replies = list(
-        run([request_of(n) for n in range(4)], provider, journal, window_seconds=26 * 0.1)
-    )
+    requests = [request_of(n) for n in range(4)]
+
+    def interrupted() -> Iterator:
+        yield from requests
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run(interrupted(), provider, journal, max_requests=4))
+    assert len(server.jobs) == 1
+    entries = [orjson.loads(line) for line in journal.read_bytes().splitlines()]
+    entries[0]["intended"] -= 25.5 * 3600
+    journal.write_bytes(b"".join(orjson.dumps(entry) + b"\n" for entry in entries))
+    replies = list(run(requests, provider, journal))
     assert Counter(failures(replies).values()) == {"none": 2, "expired": 2}
+    assert len(server.jobs) == 1
 
 
 def test_a_job_that_cannot_even_be_cancelled_is_given_up(
@@ -400,6 +413,7 @@ def test_a_queue_that_stays_full_makes_its_requests_fail_in_the_end(
     server: BatchServer, openai: BatchProvider, journal: Path
 ) -> None:
     server.faults.create = deque(["fail:token_limit_exceeded"] * 1000)
+    server.faults.polls_until_end = 0  # or a late look would find it older than jobs get
     replies = list(run([request_of(0)], openai, journal, window_seconds=0.4))
     assert failures(replies) == {"run-0": "unavailable"}
 

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def test_a_killed_worker_is_replaced_and_its_jobs_are_asked_again() -> None:
     answers: dict[int, Any] = {}
     for job, answer in pool.ask(jobs_of(300)):
         answers[job.key] = answer
-        if len(answers) in (50, 150):
-            os.kill(pool.process_ids[0], signal.SIGKILL)
+        if len(answers) in (50, 150):  # one that was ready; others may be starting still
+            os.kill(answer["guardian"], signal.SIGKILL)
     pool.close()
     assert len(answers) == 300
     assert not any(isinstance(answer, str) for answer in answers.values())
@@ -146,18 +147,33 @@ for number, _ in enumerate(pool.ask(jobs_of(100000))):
     if victim == "closed":
         assert process.wait(60) == 0
     else:
+        wait_until(lambda: len(grandchildren_of(mark)) == 2)
         assert len(processes_with(mark)) >= 1 + 2 * 3  # itself, guardians, workers, grandchildren
         if victim == "guardian":
             os.kill(guardians[0], signal.SIGKILL)
-            until = time.monotonic() + 30
-            while Path(f"/proc/{guardians[0]}").exists():
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            wait_until(lambda: not Path(f"/proc/{guardians[0]}").exists())
         process.kill()
         process.wait()
     process.stdout.close()
     if victim == "guardian":  # a grandchild of a killed guardian is its worker's own to end
-        for left in processes_with(mark):
-            if Path(f"/proc/{left}/comm").read_text().strip() == "sleep":
+        for left in grandchildren_of(mark):
+            with suppress(ProcessLookupError):  # the other guardian's ends by itself
                 os.kill(left, signal.SIGKILL)
     wait_until_gone(mark)
+
+
+def grandchildren_of(mark: str) -> list[int]:
+    """Return the processes that the workers of a marked pool started."""
+    found = []
+    for process_id in processes_with(mark):
+        with suppress(OSError):  # it has ended since
+            if Path(f"/proc/{process_id}/comm").read_text() == "sleep\n":
+                found.append(process_id)
+    return found
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -33,6 +33,7 @@ def main() -> None:
     if greeting.get("grandchild"):
         subprocess.Popen(["sleep", "600"])
     channel.send(frame_of({"ready": [greeting.get("window", 8), 1 << 30]}))
+    guardian = os.getppid()
     waiting: list[dict[str, int]] = []
     while channel.is_open:
         select.select([channel], [], [], 0 if waiting else None)
@@ -43,7 +44,8 @@ def main() -> None:
         time.sleep(greeting.get("seconds", 0.0))
         for message in waiting[-1:]:  # last come, first served
             waiting.pop()
-            channel.send(frame_of({"id": message["id"], "double": 2 * message["number"]}))
+            answer = {"double": 2 * message["number"], "guardian": guardian}
+            channel.send(frame_of({"id": message["id"], **answer}))
 
 
 if __name__ == "__main__":
