@@ -1,7 +1,12 @@
 """Looks at real processes: which are alive, and whether they end."""
 
+import secrets
 import time
 from pathlib import Path
+from typing import Final
+
+RAY_TOKEN: Final = secrets.token_hex(32)
+"""Of all clusters that this process starts: Ray goes on with the first token that it saw."""
 
 
 def processes_with(text: str) -> list[int]:

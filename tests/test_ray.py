@@ -28,7 +28,7 @@ from srft_prep.tokens import tokenize
 from srft_prep.trajectories import read_trajectories, trajectories_table
 from srft_prep.types import Trajectory
 from tests.gates import gated
-from tests.processes import processes_with
+from tests.processes import RAY_TOKEN, processes_with
 from tests.stages import srft_prep
 
 pytestmark = [
@@ -44,7 +44,7 @@ def cluster() -> Iterator[RayCluster]:
     """A local cluster of two workers, as the command line starts one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
+        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
         with RayCluster(num_cpus=2) as cluster:
             yield cluster
 
@@ -73,15 +73,25 @@ def alone(trajectories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def kill_actors(kind: str) -> int:
-    """Kill all processes of a kind of actor with SIGKILL; return how many there were."""
-    killed = 0
-    for number in processes_with(f"RAY_AUTH_TOKEN={'ab' * 32}"):
+def kill_actors(kind: str, *, number: int = 1) -> int:
+    """Kill all processes of a kind of actor once there are so many; return how many there were."""
+    until = time.monotonic() + 60
+    while len(victims := actors(kind)) < number:
+        assert time.monotonic() < until, f"{number} of {kind} are not there: {victims}"
+        time.sleep(0.05)
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    return len(victims)
+
+
+def actors(kind: str) -> list[int]:
+    """Return the processes of this process's cluster that run a kind of actor."""
+    found = []
+    for number in processes_with(f"RAY_AUTH_TOKEN={RAY_TOKEN}"):
         with suppress(OSError):  # one that ends while it is looked at
             if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
-                os.kill(number, signal.SIGKILL)
-                killed += 1
-    return killed
+                found.append(number)
+    return found
 
 
 class KillsOnce(Silent):
@@ -250,7 +260,7 @@ def test_critics_in_actors_give_the_local_labels_although_they_are_killed(
     for reply in critic.label(requests):
         found.append(reply)
         if len(found) == len(requests) // 4:
-            killed = kill_actors("CriticActor")
+            killed = kill_actors("CriticActor", number=2)
     second_round = list(critic.label(requests[:5]))
     critic.close()
     assert killed == 2

@@ -21,7 +21,7 @@ from srft_prep.ray_cluster import RayCluster
 from srft_prep.verification import verify
 from tests.critic.real_questions import real_trajectories, settings_of, with_room
 from tests.gates import gated
-from tests.processes import processes_with, wait_until_gone
+from tests.processes import RAY_TOKEN, processes_with, wait_until_gone
 from tests.stages import srft_prep
 from tests.tiny_models import make_tiny_model
 
@@ -87,7 +87,7 @@ def test_an_engine_whose_answers_are_all_cut_off_ends_the_run_and_is_not_replace
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
     model = make_tiny_model(tmp_path / "model")
     with RayCluster(num_cpus=2) as cluster:
         critic = RayCritic("vllm", {"model": str(model), "settings": settings_of()}, cluster)

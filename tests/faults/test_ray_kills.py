@@ -16,7 +16,7 @@ from srft_prep.ray_cluster import RayCluster
 from tests.faults.commands import Command, after, started
 from tests.faults.runs import Runs, assert_same, ledger_keys, more_progress
 from tests.gates import MANIFEST
-from tests.processes import processes_with
+from tests.processes import RAY_TOKEN, processes_with
 
 pytestmark = [
     pytest.mark.ray,
@@ -31,7 +31,7 @@ def address() -> Iterator[str]:
     """The address of a cluster of two cores."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN", os.urandom(32).hex())
+        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
         with RayCluster(num_cpus=2) as cluster:
             yield cluster.ray.get_runtime_context().gcs_address
 
@@ -39,7 +39,7 @@ def address() -> Iterator[str]:
 def processes_of(kind: str) -> list[int]:
     """Return the processes of the cluster that run a class of actors."""
     found = []
-    for number in processes_with(f"RAY_AUTH_TOKEN={os.environ['RAY_AUTH_TOKEN']}"):
+    for number in processes_with(f"RAY_AUTH_TOKEN={RAY_TOKEN}"):
         with suppress(OSError):  # it may die meanwhile
             if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
                 found.append(number)
@@ -65,7 +65,7 @@ def test_a_run_whose_worker_in_a_cluster_is_killed_ends_with_the_local_bytes(
     output = tmp_path / "out"
     words = [word for word in runs.command(stage, output) if word not in ("--workers", "1")]
     words += ["--engine", "ray", "--ray-address", address, "--workers", 2]
-    environment = {"RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"], "RAY_AUTH_MODE": "token"}
+    environment = {"RAY_AUTH_TOKEN": RAY_TOKEN, "RAY_AUTH_MODE": "token"}
     with started(words, tmp_path / "log", environment=environment, holds=holds) as run:
         if rng.random() < 0.5:  # in the midst of its work, or when it begins
             assert run.wait_until(more_progress(output), SECONDS), run.said

@@ -13,7 +13,7 @@ import torch
 
 PRELOAD = ["torch", "transformers.models.qwen2.modeling_qwen2", "srft_prep.train.parallel"]
 """Imported once by the server that processes are forked from: a rank starts in a moment."""
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
