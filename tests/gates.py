@@ -5,7 +5,7 @@ than the one it was written on, or a test that is looked after late, lets the co
 The gate is shut before the command puts a file in its place (the manifest, with which outputs end):
 until then it works as it always does, and a kill may come at any moment.
 
-As a script: `python tests/gates.py GATE PATTERN WORD...` is `srft-prep WORD...` with a gate.
+As a script: `python tests/gates.py GATE WORD...` is `srft-prep WORD...` with a gate.
 """
 
 import os
@@ -66,15 +66,12 @@ def wait_before_naming(gate: Path, pattern: str) -> None:
 class GatedCommand:
     """A command in an interpreter of its own, with a gate."""
 
-    def __init__(
-        self, path: Path, words: Sequence[object], *, pattern: str, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, path: Path, words: Sequence[object], environment: Mapping[str, str]) -> None:
         self.gate = FileGate(path)
         self._log = path.with_name(f"{path.name}.log")
-        own = [sys.executable, __file__, str(path), pattern]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*own, *map(str, words)],
+                [sys.executable, __file__, str(path), *map(str, words)],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **environment},
@@ -104,11 +101,9 @@ class GatedCommand:
 
 
 @contextmanager
-def gated(
-    path: Path, *words: object, pattern: str = MANIFEST, **environment: str
-) -> Iterator[GatedCommand]:
+def gated(path: Path, *words: object, **environment: str) -> Iterator[GatedCommand]:
     """Start `srft-prep WORDS` with a gate at `path`; it does not outlive the block."""
-    command = GatedCommand(path, words, pattern=pattern, environment=environment)
+    command = GatedCommand(path, words, environment)
     try:
         yield command
     finally:
@@ -124,7 +119,7 @@ def kill_when(ready: Callable[[], bool], path: Path, *words: object, **environme
 if __name__ == "__main__":
     from srft_prep.cli import main
 
-    place, names, *given = sys.argv[1:]
-    wait_before_naming(Path(place), names)
+    place, *given = sys.argv[1:]
+    wait_before_naming(Path(place), MANIFEST)
     sys.argv = ["srft-prep", *given]
     main()

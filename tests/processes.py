@@ -1,12 +1,8 @@
 """Looks at real processes: which are alive, and whether they end."""
 
-import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
-
-RAY_TOKEN: Final = secrets.token_hex(32)
-"""Of all clusters that this process starts: Ray goes on with the first token that it saw."""
 
 
 def processes_with(text: str) -> list[int]:
@@ -20,6 +16,14 @@ def processes_with(text: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def wait_until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something that is to be so soon."""
+    until = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def wait_until_gone(text: str, seconds: float = 30.0) -> None:

@@ -4,7 +4,6 @@ moto's S3 server as a process of its own, and a way to it on which a test loses 
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import pytest
 from srft_prep.errors import ConfigError
 from srft_prep.object_lease import CLOCK, LEASE, SECONDS, Lease
 from tests.object_stores import Bucket, Machine, Way, reaching
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.slow
 PLACE = f"out/.progress/{LEASE}"
-SOON_SECONDS = 60.0
 NUM_REPEATS = 12
 """More than s3fs and aiohttp together ask before they give up."""
 
@@ -178,10 +177,3 @@ def test_a_lease_of_another_run_is_noticed_and_not_removed(
         lease.assure()
     lease.release()
     assert bucket.get(PLACE) == content
-
-
-def wait_until(ready: Callable[[], bool]) -> None:
-    until = time.monotonic() + SOON_SECONDS
-    while not ready():
-        assert time.monotonic() < until
-        time.sleep(0.02)

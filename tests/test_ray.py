@@ -28,7 +28,8 @@ from srft_prep.tokens import tokenize
 from srft_prep.trajectories import read_trajectories, trajectories_table
 from srft_prep.types import Trajectory
 from tests.gates import gated
-from tests.processes import RAY_TOKEN, processes_with
+from tests.processes import processes_with
+from tests.ray_clusters import kill_actors, local_cluster
 from tests.stages import srft_prep
 
 pytestmark = [
@@ -41,12 +42,8 @@ PARTS = 4
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """A local cluster of two workers, as the command line starts one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
-        with RayCluster(num_cpus=2) as cluster:
-            yield cluster
+    with local_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -71,27 +68,6 @@ def alone(trajectories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("local") / "tokens"
     tokenize(trajectories, output, tokenizer="example")
     return output
-
-
-def kill_actors(kind: str, *, number: int = 1) -> int:
-    """Kill all processes of a kind of actor once there are so many; return how many there were."""
-    until = time.monotonic() + 60
-    while len(victims := actors(kind)) < number:
-        assert time.monotonic() < until, f"{number} of {kind} are not there: {victims}"
-        time.sleep(0.05)
-    for victim in victims:
-        os.kill(victim, signal.SIGKILL)
-    return len(victims)
-
-
-def actors(kind: str) -> list[int]:
-    """Return the processes of this process's cluster that run a kind of actor."""
-    found = []
-    for number in processes_with(f"RAY_AUTH_TOKEN={RAY_TOKEN}"):
-        with suppress(OSError):  # one that ends while it is looked at
-            if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
-                found.append(number)
-    return found
 
 
 class KillsOnce(Silent):

@@ -5,7 +5,6 @@ import secrets
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -17,11 +16,11 @@ import pytest
 from srft_prep.critic import Critic, CriticReply, CriticRequest
 from srft_prep.critic.cut_answers import OnlyCutAnswers
 from srft_prep.critic.on_ray import RayCritic
-from srft_prep.ray_cluster import RayCluster
 from srft_prep.verification import verify
 from tests.critic.real_questions import real_trajectories, settings_of, with_room
 from tests.gates import gated
-from tests.processes import RAY_TOKEN, processes_with, wait_until_gone
+from tests.processes import wait_until_gone
+from tests.ray_clusters import actors, local_cluster
 from tests.stages import srft_prep
 from tests.tiny_models import make_tiny_model
 
@@ -34,15 +33,6 @@ pytestmark = [
 NUM_RUNS = 4
 LIMIT = 2500
 """Input tokens: most runs are asked about in windows."""
-
-
-def actors(mark: str) -> list[int]:
-    found = []
-    for number in processes_with(mark):
-        with suppress(OSError):  # one that ends while it is looked at
-            if b"ray::CriticActor" in Path(f"/proc/{number}/cmdline").read_bytes():
-                found.append(number)
-    return found
 
 
 def test_two_engines_in_actors_give_the_local_labels_although_one_is_killed(
@@ -64,7 +54,7 @@ def test_two_engines_in_actors_give_the_local_labels_although_one_is_killed(
         command.wait_until(
             lambda: any(file.stat().st_size for file in output.glob("ledger-*.jsonl")), 400
         )
-        os.kill(actors(token)[0], signal.SIGKILL)
+        os.kill(actors("CriticActor", token=token)[0], signal.SIGKILL)
         assert command.wait(500) == 0, command.said
     wait_until_gone(token)
     lines = [
@@ -84,12 +74,10 @@ def test_two_engines_in_actors_give_the_local_labels_although_one_is_killed(
 
 
 def test_an_engine_whose_answers_are_all_cut_off_ends_the_run_and_is_not_replaced(
-    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared_data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
     model = make_tiny_model(tmp_path / "model")
-    with RayCluster(num_cpus=2) as cluster:
+    with local_cluster() as cluster:
         critic = RayCritic("vllm", {"model": str(model), "settings": settings_of()}, cluster)
         requests = (with_room(each, 3) for each in planned(critic, shared_data))
         replies: list[CriticReply] = []

@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from srft_prep.critic.engine.pool import EnginePool, Job
 from srft_prep.errors import BackendError, ConfigError
-from tests.processes import processes_with, wait_until_gone
+from tests.processes import processes_with, wait_until, wait_until_gone
 
 TOY = Path(__file__).with_name("toy_worker.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -170,10 +169,3 @@ def grandchildren_of(mark: str) -> list[int]:
             if Path(f"/proc/{process_id}/comm").read_text() == "sleep\n":
                 found.append(process_id)
     return found
-
-
-def wait_until(ready: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < until
-        time.sleep(0.05)

@@ -7,16 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from srft_prep.ray_cluster import RayCluster
 from tests.faults.commands import Command, after, started
 from tests.faults.runs import Runs, assert_same, ledger_keys, more_progress
 from tests.gates import MANIFEST
-from tests.processes import RAY_TOKEN, processes_with
+from tests.ray_clusters import RAY_TOKEN, actors, local_cluster
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,29 +26,15 @@ SECONDS = 300.0
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """The address of a cluster of two cores."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
-        with RayCluster(num_cpus=2) as cluster:
-            yield cluster.ray.get_runtime_context().gcs_address
-
-
-def processes_of(kind: str) -> list[int]:
-    """Return the processes of the cluster that run a class of actors."""
-    found = []
-    for number in processes_with(f"RAY_AUTH_TOKEN={RAY_TOKEN}"):
-        with suppress(OSError):  # it may die meanwhile
-            if f"ray::{kind}".encode() in Path(f"/proc/{number}/cmdline").read_bytes():
-                found.append(number)
-    return found
+    with local_cluster() as cluster:
+        yield cluster.ray.get_runtime_context().gcs_address
 
 
 def kill_one(kind: str, run: Command, rng: random.Random) -> None:
     """Kill one of a command's two workers with SIGKILL, once both are there."""
-    assert run.wait_until(lambda: len(processes_of(kind)) == 2, SECONDS), run.said
+    assert run.wait_until(lambda: len(actors(kind)) == 2, SECONDS), run.said
     run.wait_until(after(rng.uniform(0, 0.3)), SECONDS)
-    os.kill(rng.choice(processes_of(kind)), signal.SIGKILL)
+    os.kill(rng.choice(actors(kind)), signal.SIGKILL)
     run.let_go()
 
 
@@ -76,6 +60,6 @@ def test_a_run_whose_worker_in_a_cluster_is_killed_ends_with_the_local_bytes(
     if stage == "label":
         assert set(Counter(ledger_keys(output)).values()) == {1}, "something was written twice"
     until = time.monotonic() + 60
-    while left := processes_of(kind):
+    while left := actors(kind):
         assert time.monotonic() < until, left
         time.sleep(0.05)

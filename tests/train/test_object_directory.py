@@ -18,7 +18,7 @@ from srft_prep.storage import StageWriter, write_bytes
 from srft_prep.train.checkpoints import CHECKPOINTS, COMPLETE, name_of
 from srft_prep.train.directory import Claim
 from tests.object_stores import Bucket, Machine, reaching
-from tests.test_object_lease import wait_until
+from tests.processes import wait_until
 from tests.train.test_directory import claim, opened
 
 pytestmark = pytest.mark.slow
